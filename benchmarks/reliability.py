@@ -1,0 +1,299 @@
+"""Kill a training run again and again, and compare what it leaves with a run that nobody disturbed.
+
+    python benchmarks/reliability.py --kills 20 --named --json reliability.json
+
+One run trains without interruption. Another one, with the same settings in another run folder, is
+killed by SIGKILL at random (--seed) moments and started again until it is done; with --named a
+third one is killed at every point of `jaxmorph.faults`, at its first, a middle and its last passing.
+At the end the run folders must say the same. The moments are uniform over a process's time, from its
+start to a limit that lets the run be done soon after the last kill. All run on the CPU, from one copy
+of the package: work on it meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jaxmorph
+from jaxmorph.faults import POINTS, VARIABLE
+from jaxmorph.manifest import problem_of, read_manifest
+
+EVAL_INTERVAL, SAVE_INTERVAL = 50, 20
+CONFIGURATION = {
+    **{"n_layers": 2, "d_model": 64, "n_heads": 4, "seq_len": 64, "dropout": 0.1},
+    **{"batch_size": 8, "grad_accum_steps": 2, "mesh": "data=1", "eval_iters": 4},
+    **{"eval_interval": EVAL_INTERVAL, "checkpoint_interval": SAVE_INTERVAL, "log_interval": 1},
+}
+CORPUS_CHARACTERS = 500_000  # so that the run passes through it more than once
+PACKAGES = ("jaxmorph", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LIMIT = 900  # seconds; a process that runs longer hangs
+
+
+class Run(NamedTuple):
+    """A run folder, beside the package, and the command that starts or resumes the run in it."""
+
+    folder: Path
+    corpus: Path
+    steps: int
+    more: Sequence[str]  # flags
+
+    def start(self, crash_at: str = "") -> subprocess.Popen:
+        """Start a process; what it prints goes to FOLDER.log."""
+        paths = {"data": self.corpus, "run_dir": self.folder, "max_steps": self.steps}
+        flags = [f"--{name}={value}" for name, value in (CONFIGURATION | paths).items()]
+        command = [sys.executable, "-m", "jaxmorph.train", *flags, *self.more]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", VARIABLE: crash_at}
+        here = self.folder.parent
+        with open(self.folder.with_suffix(".log"), "wb") as log:
+            return subprocess.Popen(command, env=env, cwd=here, stdout=log, stderr=log)
+
+    def printed(self) -> str:
+        """Return what the last process printed."""
+        return self.folder.with_suffix(".log").read_text()
+
+    def metrics(self) -> bytes:
+        """Return the bytes of metrics.jsonl, b"" where there is none."""
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def checkpoints(self) -> list[int]:
+        """Return the steps of the committed checkpoints, oldest first; 0 where there is none."""
+        names = [path.name for path in self.folder.glob("checkpoints/*")]
+        return sorted(int(name) for name in names if name.isdigit()) or [0]
+
+
+def end(run: Run, process: subprocess.Popen, expected: int) -> None:
+    """Wait for a process; refuse any but the expected status."""
+    try:
+        status = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = f"nothing in {LIMIT} s"
+    if status != expected:
+        raise RuntimeError(f"ended with {status}, not {expected}:\n{run.printed()[-2000:]}")
+
+
+def watch(run: Run, process: subprocess.Popen, seconds: float, most: int) -> float:
+    """Wait so long, or until the line of step `most`; return when training began, 0 if it did not."""
+    start, began, newest, before = time.monotonic(), 0.0, run.checkpoints()[-1], run.metrics()
+    while (passed := time.monotonic() - start) < seconds and process.poll() is None:
+        lines = run.metrics()
+        if lines != before and (step := lines.count(b"\n") - 1) > newest:
+            began = began or passed
+            if step >= most:
+                break
+        time.sleep(min(0.03, seconds - passed))
+    return began
+
+
+def undisturbed(run: Run) -> dict[str, float]:
+    """Train to the end; return the seconds of the start-up, of a step and in all."""
+    start, process = time.monotonic(), run.start()
+    startup = watch(run, process, LIMIT, most=1)
+    end(run, process, 0)
+    whole, lines = time.monotonic() - start, map(json.loads, run.metrics().splitlines()[1:])
+    step = statistics.median(line["step_seconds"] for line in lines)
+    return {"startup_seconds": startup, "step_seconds": step, "seconds": whole}
+
+
+def killed_at_random(run: Run, kills: int, seed: int, whole: dict) -> Iterator[dict[str, Any]]:
+    """Yield what was found after each of the random kills, then finish the run."""
+    draw, startup = random.Random(seed), whole["startup_seconds"]
+    for left in range(kills, 0, -1):
+        before, newest = run.metrics(), run.checkpoints()[-1]
+        slowness = startup / whole["startup_seconds"]  # others may use the machine, now or then
+        # A life of 0 to S + G seconds, of which starting takes S, trains for G²/2(S + G) in the mean:
+        # let that be 9/10 of its share of the training that remains, and never half of all of it.
+        share = 1.8 * (run.steps - newest) * whole["step_seconds"] * slowness / left
+        training = (share + math.sqrt(share**2 + 4 * share * startup)) / 2
+        moment, process = draw.uniform(0, startup + training), run.start()
+        began = watch(run, process, moment, most=(newest + run.steps + 1) // 2)
+        startup = began or max(startup, moment)
+        process.kill()  # if it has ended by itself, its status says so
+        end(run, process, -signal.SIGKILL)
+        yield {"seconds": moment, "during": occupation(run, before, newest)} | after_kill(run)
+    end(run, run.start(), 0)
+
+
+def killed_at_points(run: Run) -> Iterator[dict[str, Any]]:
+    """Yield what was found after a kill at each point's first, a middle and its last passing."""
+    for when in ("first", "middle", "last"):
+        for point in POINTS:
+            newest = run.checkpoints()[-1]
+            saves = math.ceil(run.steps / SAVE_INTERVAL) - newest // SAVE_INTERVAL
+            last = run.steps - newest if point == "step" else saves
+            count = {"first": 1, "middle": 2, "last": last}[when]
+            end(run, run.start(f"{point}:{count}"), -signal.SIGKILL)
+            yield {"during": f"{point}, {when}"} | after_kill(run)
+    end(run, run.start(), 0)
+
+
+def occupation(run: Run, before: bytes, newest: int) -> str:
+    """Return what a process was at when it was killed, as its files and its output tell."""
+    step = run.metrics().count(b"\n") - 1
+    if "jaxmorph on jax" not in run.printed():
+        return "imports and corpus"
+    if run.metrics() == before or step <= newest:
+        return "restoring and compiling"
+    if run.checkpoints()[-1] == run.steps:
+        return "report"
+    if any(run.folder.glob("checkpoints/*.partial")):
+        return "save"
+    # every line but the evaluated step's own is written before an evaluation, and only then
+    return "evaluation" if (step + 1) % EVAL_INTERVAL == 0 else "steps"
+
+
+def after_kill(run: Run) -> dict[str, Any]:
+    """Return the newest checkpoint and the last line after a kill, and what is wrong with them."""
+    lines, saved = run.metrics().split(b"\n")[:-1], run.checkpoints()
+    steps = [json.loads(line)["step"] for line in lines]
+    folders = [p for p in run.folder.glob("checkpoints/*") if p.name.isdigit()]
+    wrong = [f"{path.name}: {problem}" for path in folders if (problem := problem_of(path))]
+    if steps != list(range(len(steps))):
+        wrong.append("metrics.jsonl repeats or misses a step")
+    if folders and saved[-1] >= len(steps):
+        wrong.append("metrics.jsonl ends before the newest checkpoint")
+    return {"line": len(steps) - 1, "checkpoint": saved[-1] if folders else None, "wrong": wrong}
+
+
+def differences(whole: Run, killed: Run) -> dict[str, str]:
+    """Return what was compared between two finished runs -> how they differ, "" where they agree."""
+    runs = (whole, killed)
+    newest = [r.folder / "checkpoints" / str(r.checkpoints()[-1]) for r in runs]
+    lines = [[json.loads(line) for line in r.metrics().splitlines()] for r in runs]
+    timeless = [[line | {"step_seconds": 0} for line in each] for each in lines]
+    unlike = [pair for pair in zip(*timeless, strict=False) if pair[0] != pair[1]]
+    times = Counter(line["step"] for line in lines[1])
+    patterns = ("*.partial", "*.corrupt*", "*.tmp", "*.part")
+    left = [path.name for pattern in patterns for path in killed.folder.rglob(pattern)]
+    return {
+        "state_sha256": _unlike(*(read_manifest(p)["state_sha256"] for p in newest)),
+        "metrics.jsonl": _unlike(*unlike[0]) if unlike else "",
+        "each step once": _unlike([], [s for s in range(killed.steps + 1) if times[s] != 1]),
+        "checkpoints kept": _unlike(*(r.checkpoints() for r in runs)),
+        "files of the run": _unlike(*(sorted(p.name for p in r.folder.iterdir()) for r in runs)),
+        "leftovers": _unlike([], left),
+        "lock": _lock_problem(killed.folder),
+    }
+
+
+def _unlike(expected: Any, got: Any) -> str:
+    return "" if expected == got else f"expected {expected!r}, got {got!r}"
+
+
+def _lock_problem(folder: Path) -> str:
+    with open(folder / "lock", "rb") as file, contextlib.suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _unlike(b"", file.read())
+    return "still held"
+
+
+def try_series(name: str, whole: Run, killed: Run, kills: Iterator[dict]) -> dict[str, Any]:
+    """Go through a series of kills, then compare; return all that was found."""
+    start, found, compared = time.monotonic(), [], {"exit": ""}
+    try:
+        for kill in kills:
+            found.append(kill)
+            print(f"{name}, kill {len(found)}: {kill}", file=sys.stderr, flush=True)
+        compared |= differences(whole, killed)
+    except RuntimeError as error:
+        compared["exit"] = str(error)
+    compared["after each kill"] = "; ".join(wrong for kill in found for wrong in kill["wrong"])
+    result = {"name": name, "seconds": time.monotonic() - start, "kills": found}
+    return result | {"differences": compared}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report as tables."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for series in report["series"]:
+        console.print(f"{len(series['kills'])} kills {series['name']}, {series['seconds']:.0f} s")
+        table = Table("killed during", "times")
+        for during, times in Counter(kill["during"] for kill in series["kills"]).items():
+            table.add_row(during, str(times))
+        console.print(table)
+        table = Table("compared with the undisturbed run", "result")
+        for name, problem in series["differences"].items():
+            table.add_row(name, f"DIFFERS: {escape(problem[:500])}" if problem else "ok")
+        console.print(table)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for name, default in {"kills": 20, "seed": 0, "steps": 2000}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--named", action="store_true", help="kill at the named points as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
+    parser.add_argument("more", nargs="*", metavar="-- FLAGS", help="further flags of the runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 0 where nothing differs, else 1."""
+    arguments, folder = make_parser().parse_args(argv), Path(tempfile.mkdtemp())
+    show(report := examine(folder, arguments))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not report["same"]:
+        print(f"The runs are in {folder}.")
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run everything in `folder`; return the report."""
+    shutil.copytree(Path(str(jaxmorph.__file__)).parent, folder / "jaxmorph")
+    corpus, library = folder / "text.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = "".join(path.read_text("utf-8", "replace") for path in library)
+    corpus.write_text(text[:CORPUS_CHARACTERS], "utf-8")
+    names = (folder / name for name in ("undisturbed", "random", "named"))
+    whole, by_time, by_name = (Run(n, corpus, arguments.steps, arguments.more) for n in names)
+    times, series = undisturbed(whole), []
+    if arguments.kills > 0:
+        kills = killed_at_random(by_time, arguments.kills, arguments.seed, times)
+        series.append(try_series("at random moments", whole, by_time, kills))
+    if arguments.named:
+        series.append(try_series("at named points", whole, by_name, killed_at_points(by_name)))
+    return {
+        "benchmark": "reliability",
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "versions": {n: importlib.metadata.version(n) for n in PACKAGES},
+        "python": platform.python_version(),
+        "command": " ".join(["python", *sys.argv]),
+        "configuration": {**CONFIGURATION, "max_steps": arguments.steps},
+        "undisturbed": times,
+        "series": series,
+        "same": not any(any(each["differences"].values()) for each in series),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

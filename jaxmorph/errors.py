@@ -1,0 +1,32 @@
+"""The one kind of error a user can cause, and how it reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Bad input: a setting, a file or a flag that cannot be used as given.
+
+    A door prints it as one message and exits with status 2. The message names where the value
+    stands, what came, and what was expected.
+
+    Args:
+      where: the file, or the flag with its dashes, the value came from.
+      field: the field in that file ("" where `where` already says it).
+      got: the offending value as the user wrote it (None: nothing to quote).
+      expected: what would have been accepted, and the fix where there is one.
+    """
+
+    def __init__(self, where: str, field: str, got: object, expected: str):
+        self.where, self.field, self.got, self.expected = where, field, got, expected
+        place = f"{where}: {field}" if field else where
+        found = "" if got is None else f"got {got!r}, "
+        super().__init__(f"{place}: {found}expected {expected}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name most like `name`, or ""."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

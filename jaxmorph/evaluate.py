@@ -1,0 +1,113 @@
+"""Look at a trained model: `python -m jaxmorph.evaluate sample RUN_DIR --prompt TEXT`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxmorph.command_line import parse_command, run_door
+from jaxmorph.errors import InputError
+
+_PROG = "python -m jaxmorph.evaluate"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generate text from a run's newest sound checkpoint."""
+
+    run_dir: tyro.conf.Positional[str]
+    """The run folder."""
+    prompt: str = "\n"
+    """Text to go on from."""
+    max_new_tokens: int = 300
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Below 1 bolder on likely tokens, above 1 wilder; 0 always takes the likeliest."""
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0: among all."""
+    seed: int = 0
+    """Seed of the draws."""
+    checkpoint: int | None = None
+    """Step of the checkpoint. Default: the newest sound one."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the door and return its exit status (see `--help`)."""
+    return run_door(lambda: _evaluate(sys.argv[1:] if argv is None else argv))
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    return _sample(parse_command({"sample": Sample}, argv, _PROG, "Look at a trained model."))
+
+
+def _check(command: Sample) -> None:
+    for flag, value, holds, expected in (
+        ("max_new_tokens", command.max_new_tokens, command.max_new_tokens >= 1, "a number ≥ 1"),
+        ("temperature", command.temperature, 0 <= command.temperature < 1e6, "a number ≥ 0"),
+        ("top_k", command.top_k, command.top_k >= 0, "a number ≥ 0"),
+        ("seed", command.seed, 0 <= command.seed < 2**31, "a number ≥ 0 and < 2³¹"),
+        ("prompt", command.prompt, bool(command.prompt), "at least one character"),
+    ):
+        if not holds:
+            raise InputError(f"--{flag}", "", value, expected)
+    if not (Path(command.run_dir) / "checkpoints").is_dir():
+        raise InputError("RUN_DIR", "", command.run_dir, "a run folder (with checkpoints/)")
+
+
+def _sample(command: Sample) -> int:
+    _check(command)
+    from jaxmorph.sampling import generate
+    from jaxmorph.tokenization import Tokenizer
+
+    run_dir = Path(command.run_dir)
+    config, params, gates = _load(run_dir, command.checkpoint)
+    saved = run_dir / "tokenizer.json"
+    if not saved.is_file():
+        raise InputError(str(saved), "", None, "the run's tokenizer")
+    tokenizer = Tokenizer.from_json(saved.read_text(encoding="utf-8"), str(saved))
+    prompt = [int(token) for token in tokenizer.encode(command.prompt)]
+    tokens = generate(
+        config,
+        params,
+        gates,
+        prompt,
+        vocab_size=tokenizer.vocab_size,
+        temperature=command.temperature,
+        top_k=command.top_k,
+        seed=command.seed,
+    )
+    ids = list(prompt)
+    shown = ""
+    for _, token in zip(range(command.max_new_tokens), tokens, strict=False):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character can be spread over several tokens: show what is whole.
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    rest = tokenizer.decode(ids)
+    print(rest[len(shown) :] if rest.startswith(shown) else "")
+    return 0
+
+
+def _load(run_dir: Path, step: int | None) -> tuple[Any, Any, Any]:
+    """Return the architecture, parameters and gates of a checkpoint."""
+    from jaxmorph.checkpoint import Checkpoints
+    from jaxmorph.resume import CheckpointRecord, restore_model
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=1, keep_best=False)
+    if step is None:
+        step = checkpoints.latest_sound()
+        if step is None:
+            raise InputError("RUN_DIR", "", str(run_dir), "a run with a checkpoint")
+    record = CheckpointRecord.from_meta(checkpoints.read_meta(step))
+    return record.model, *restore_model(checkpoints, step, record.model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

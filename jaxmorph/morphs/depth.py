@@ -1,0 +1,146 @@
+"""Deeper networks: layers repeated, added as the identity, or faded in.
+
+Repeating trained layers is a good start though it changes the function: `stack` (Gong et al. 2019,
+StackBERT; Du et al. 2024, G_stack, arXiv 2405.15319), `interleave` (Chang et al. 2018, arXiv
+1710.10348), `middle` (Saunshi et al. 2024, MIDAS, arXiv 2409.19044). Exact are `identity`, blocks that
+add nothing yet (Wu et al. 2024, LLaMA Pro, arXiv 2401.02415), and `masked`, blocks behind a gate that
+opens slowly (Yao et al. 2023, MSG, arXiv 2305.02869).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmorph.config import ModelConfig
+from jaxmorph.errors import InputError, nearest
+from jaxmorph.morphs.axis_map import AxisMap, repeat
+from jaxmorph.morphs.moments import Kind
+from jaxmorph.morphs.stage import morph_gpt
+from jaxmorph.morphs.transport import Report, Signatures, axis_size, transport
+from jaxmorph.run_shape import LARGEST_COUNT, OperationError, scaled_size
+from jaxmorph.state import TrainState
+
+RECIPES = ("copy", "identity", "masked")
+BLOCKS = ("copied", "fresh")
+
+
+def deepen(
+    signatures: Signatures,
+    params: Any,
+    opt_state: optax.OptState,
+    optimizer: optax.GradientTransformation,
+    *,
+    to: int,
+    axis: str = "layer",
+    key: jax.Array | None = None,
+    order: str = "stack",
+    identity: bool = False,
+    fresh: Any = None,
+    moments: str = "provenance",
+    fresh_nu: float = 1.0,
+    fields: Mapping[str, Kind] | None = None,
+) -> tuple[Any, optax.OptState, Report]:
+    """Return parameters, optimizer state and a report with more layers of any model that stacks them.
+
+    Args:
+      signatures: signature of every parameter, by path.
+      params: nested dicts of arrays; a layer's parameters are stacked on `axis`.
+      opt_state: the optimizer's state.
+      optimizer: what made it.
+      to: the number of layers after.
+      axis: the stacked axis.
+      key: PRNG key; only for what is drawn.
+      order: see `axis_map.repeat`.
+      identity: the new layers' parameters with `+>` are zero, so that they add nothing. Exact for
+        residual networks.
+      fresh: parameters of the new shapes: the new layers come from there instead of being copies.
+      moments: see `transport`.
+      fresh_nu: see `transport`.
+      fields: see `transport`.
+
+    Raises:
+      InputError: no such axis, no growth, or an optimizer whose state cannot be moved.
+      SignatureError: signatures that do not match the parameters.
+    """
+    old = axis_size(signatures, params, axis)
+    change = repeat(axis, old, to, order=order, fresh=fresh is not None, silent=identity)
+    return transport(
+        signatures,
+        [change],
+        params,
+        opt_state,
+        optimizer,
+        fresh=fresh,
+        key=key,
+        moments=moments,
+        fresh_nu=fresh_nu,
+        fields=fields,
+    )
+
+
+def stack_layers(
+    config: ModelConfig,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    *,
+    value: float,
+    key: jax.Array,
+    order: str = "stack",
+    recipe: str = "copy",
+    blocks: str = "copied",
+    moments: str = "provenance",
+    fresh_nu: float = 1.0,
+) -> tuple[ModelConfig, TrainState, Report]:
+    """Return the GPT with `value` times the layers; with `value` fresh ones where it has none.
+
+    Args:
+      config: the architecture before.
+      state: its state.
+      optimizer: makes the optimizer's state.
+      value: a factor > 1 that gives a whole n_layers; from 0 layers their number.
+      key: PRNG key.
+      order: where the new layers go; see `axis_map.repeat`.
+      recipe: `copy`: as they are, which changes the function; `identity`: what they add to the residual
+        stream is zero; `masked`: their gates are zero, for the caller to open.
+      blocks: whether the new layers are copied or fresh.
+      moments: see `transport`.
+      fresh_nu: see `transport`.
+
+    Raises:
+      OperationError: a factor that does not give a larger whole number; names those near it that do.
+      InputError: an unknown order, recipe or kind of blocks.
+    """
+    for name, got, known in (("recipe", recipe, RECIPES), ("blocks", blocks, BLOCKS)):
+        if got not in known:
+            raise InputError(name, "", got, f"one of {', '.join(known)}{nearest(got, known)}")
+    old, new = config.n_layers, _layers_after(config.n_layers, value)
+    change = repeat(
+        "layer", old, new, order=order, fresh=blocks == "fresh", silent=recipe == "identity"
+    )
+    config = dataclasses.replace(config, n_layers=new)
+    state, report = morph_gpt(
+        config, state, optimizer, [change], key=key, moments=moments, fresh_nu=fresh_nu
+    )
+    if recipe == "masked":
+        state = dataclasses.replace(state, gates=_closed(state.gates, change))
+    return config, state, report
+
+
+def _layers_after(layers: int, value: float) -> int:
+    if layers:
+        return scaled_size("n_layers", layers, value, least=layers + 1, most=LARGEST_COUNT)
+    if value != int(value) or value < 1:
+        raise OperationError(value, "a whole number of layers, as there are none to multiply")
+    return int(value)
+
+
+def _closed(gates: dict[str, jax.Array], change: AxisMap) -> dict[str, jax.Array]:
+    """Return the gates with those of new layers at zero."""
+    is_old = jnp.asarray(~(change.is_copy | change.is_fresh))
+    return {**gates, "layer": jnp.where(is_old, gates["layer"], jnp.zeros_like(gates["layer"]))}

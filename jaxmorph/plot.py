@@ -1,0 +1,266 @@
+"""Pictures: `python -m jaxmorph.plot {schedule,run,report}`.
+
+`schedule` draws learning-rate schedules before anything is trained and prints their key points;
+`run` draws the losses of runs over one another; `report` rewrites a run's report.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from jaxmorph.command_line import parse_command, run_door
+from jaxmorph.config import (
+    OptimizerSettings,
+    Positive,
+    PositiveFloat,
+    Ratio,
+    Scheduler,
+    Settings,
+    Within,
+)
+from jaxmorph.errors import InputError
+from jaxmorph.resolve import Sources, check_warmup, warmup_steps
+from jaxmorph.schedules import (
+    KeyPoint,
+    ScheduleShape,
+    factors_at,
+    key_points,
+    schedule_shape,
+    shape_in_words,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PROG = "python -m jaxmorph.plot"
+_KINDS = (".png", ".svg", ".pdf")
+_CURVE_POINTS = 2000
+_DASHES: tuple[Any, ...] = ("-", (0, (7, 3)), (0, (3, 2)))  # curves may coincide
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Draw learning-rate schedules and print their key points."""
+
+    total_steps: Positive
+    """Steps of the run."""
+    max_lr: PositiveFloat = OptimizerSettings.learning_rate
+    """Peak learning rate."""
+    warmup_steps: Annotated[int | None, Within(low=0, high=2**31 - 1)] = None
+    """Steps of warmup. Default: 5 % of the total."""
+    min_lr_ratio: Ratio = OptimizerSettings.min_lr_ratio
+    """Learning rate at the end, as a fraction of the peak."""
+    scheduler: tuple[Scheduler, ...] = (OptimizerSettings.scheduler,)
+    """Shapes to draw, several into one figure."""
+    save: str | None = None
+    """File for the figure (.png, .svg, .pdf). Default: lr_schedule.png."""
+    allow_warmup_past_end: bool = False
+    """Accept a warmup that does not end before the run does."""
+    onecycle_anneal: Literal["cosine", "linear"] = OptimizerSettings.onecycle_anneal
+    """Interpolation of the one-cycle schedule."""
+    onecycle_start_ratio: Ratio = OptimizerSettings.onecycle_start_ratio
+    """Where the one-cycle schedule starts, as a fraction of the peak."""
+    wsd_decay_fraction: Annotated[float, Within(above=0, high=1)] = (
+        OptimizerSettings.wsd_decay_fraction
+    )
+    """Part of the run that warmup-stable-decay spends decaying."""
+    lr_stairs: Annotated[int, Within(low=2, high=10_000)] = OptimizerSettings.lr_stairs
+    """Number of equal stairs of the step schedule."""
+    lr_power: PositiveFloat = OptimizerSettings.lr_power
+    """Power of the polynomial schedule."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Draw the losses of runs against steps, tokens and FLOPs, in one figure."""
+
+    run_dirs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR [RUN_DIR ...]")
+    ]
+    """Run folders."""
+    save: str | None = None
+    """File for the figure (.png, .svg, .pdf). Default: runs.png."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rewrite a run's report.html and its figures."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
+    """The run folder."""
+
+
+_COMMANDS = {"schedule": Schedule, "run": Run, "report": Report}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the door and return its exit status: 0, or 2 for bad input."""
+    return run_door(lambda: _plot(sys.argv[1:] if argv is None else argv))
+
+
+def schedule_figure(
+    shapes: Sequence[ScheduleShape], peak: float, warmup: int, total: int
+) -> Figure:
+    """Draw learning rates over a run; of a single schedule the key points are marked."""
+    from jaxmorph.figures import COLOURS, INK, new_figure, short
+
+    figure, (axes,) = new_figure(8, 4.5)
+    steps = sorted(
+        {*range(0, total + 1, max(1, total // _CURVE_POINTS)), min(warmup, total), total}
+    )
+    axes.axvspan(0, min(warmup, total), color=INK, alpha=0.05, linewidth=0, label="warmup")
+    for index, shape in enumerate(shapes):
+        rates = [peak * factor for factor in factors_at(shape, steps, warmup, total)]
+        axes.plot(
+            steps,
+            rates,
+            color=COLOURS[index % len(COLOURS)],
+            linewidth=2,
+            linestyle=_DASHES[index % len(_DASHES)],
+            label=shape_in_words(shape, warmup) if len(shapes) == 1 else shape.scheduler,
+        )
+    if len(shapes) == 1:
+        points = key_points(shapes[0], peak, warmup, total)
+        axes.plot(
+            [point.step for point in points],
+            [point.learning_rate for point in points],
+            linestyle="",
+            marker="o",
+            markersize=5.5,
+            markerfacecolor="white",
+            markeredgewidth=1.6,
+            color=COLOURS[0],
+            clip_on=False,
+            zorder=5,
+        )
+    axes.set_xlim(-0.015 * total, 1.015 * total)
+    axes.set_ylim(0, 1.06 * peak)
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.xaxis.set_major_formatter(lambda x, _: short(x))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
+    figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def _plot(argv: Sequence[str]) -> int:
+    command = parse_command(_COMMANDS, argv, _PROG, "Draw learning-rate schedules and runs.")
+    {Schedule: _schedule, Run: _run, Report: _report}[type(command)](command)
+    return 0
+
+
+def _schedule(command: Schedule) -> None:
+    _check_ranges(command)
+    if not command.scheduler:
+        raise InputError("--scheduler", "", None, "at least one shape")
+    path = _figure_path(command.save, "lr_schedule.png")
+    settings = [_settings(command, scheduler) for scheduler in dict.fromkeys(command.scheduler)]
+    total = command.total_steps
+    check_warmup(settings[0], Sources("", frozenset(), frozenset({"warmup_steps"})), total)
+    warmup = warmup_steps(settings[0], total)
+    shapes = [schedule_shape(one.optimizer) for one in settings]
+    for shape in shapes:
+        print(shape_in_words(shape, warmup))
+        print(_key_table(key_points(shape, command.max_lr, warmup, total)), end="\n\n")
+    _save(schedule_figure(shapes, command.max_lr, warmup, total), path)
+
+
+def _settings(command: Schedule, scheduler: Scheduler) -> Settings:
+    """Return a training run's settings with the same schedule."""
+    names = {f.name for f in dataclasses.fields(OptimizerSettings)}
+    shared = {n: value for n, value in vars(command).items() if n in names}
+    shared |= {"scheduler": scheduler, "learning_rate": command.max_lr}
+    return Settings(optimizer=OptimizerSettings(**shared))
+
+
+def _check_ranges(command: Schedule) -> None:
+    for name, hint in typing.get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        for note in getattr(hint, "__metadata__", ()):
+            if isinstance(note, Within) and value is not None and not note.holds(value):
+                raise InputError(f"--{name}", "", value, f"a finite number {note}")
+
+
+def _run(command: Run) -> None:
+    if not command.run_dirs:
+        raise InputError(f"{_PROG} run", "", None, "at least one run folder")
+    path = _figure_path(command.save, "runs.png")
+
+    from jaxmorph.figures import loss_figure, short, short_flops
+    from jaxmorph.run_record import read_run
+
+    runs = [read_run(Path(run_dir)) for run_dir in command.run_dirs]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(Path(run_dir)) for run_dir in command.run_dirs]
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        steps, losses = run.series["val/loss"]
+        best = int(losses.argmin()) if len(losses) else 0
+        tokens, flops = run.series["tokens"].values, run.series["flops"].values
+        rows.append(
+            (
+                name,
+                f"{run.last_step:,}",
+                f"{losses[-1]:.4f}" if len(losses) else "–",
+                f"{losses[best]:.4f} at {steps[best]:,}" if len(losses) else "–",
+                short(tokens[-1]) if len(tokens) else "–",
+                short_flops(flops[-1]) if len(flops) else "–",
+            )
+        )
+    header = ("run", "steps", "final val loss", "best val loss", "tokens", "FLOPs")
+    print(_table(header, rows), end="\n\n")
+    _save(loss_figure(runs, names), path)
+
+
+def _report(command: Report) -> None:
+    from jaxmorph.report import write_report
+
+    print(f"Report: {write_report(Path(command.run_dir))}")
+
+
+def _figure_path(save: str | None, otherwise: str) -> Path:
+    """Return where a figure goes, refusing a place or a kind of file that cannot be written."""
+    path = Path(otherwise if save is None else save).expanduser()
+    if path.suffix.lower() not in _KINDS:
+        raise InputError("--save", "", save, f"a file name ending in {', '.join(_KINDS)}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError("--save", "", str(path), "a file in an existing folder")
+    return path
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from jaxmorph.figures import rendered
+    from jaxmorph.report import replace_file
+
+    replace_file(path, rendered(figure, path.suffix.lower()[1:]))
+    print(f"Figure: {path}")
+
+
+def _key_table(points: Sequence[KeyPoint]) -> str:
+    header = ("point", "step", "learning rate", "ratio")
+    rows = [(p.name, f"{p.step:,}", f"{p.learning_rate:.6g}", f"{p.ratio:.4f}") for p in points]
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "   ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

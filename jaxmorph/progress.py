@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress(Protocol):
+    """Shows where a run is. `update` may be called often; it decides what is worth showing."""
+
+    def update(self, step: int, facts: str, seconds_left: float) -> None:
+        """Show the step just done, one line of facts and the time left."""
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def __enter__(self) -> Progress:
+        """Begin to show."""
+        ...
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the terminal as it was."""
+
+
+def make_progress(kind: str, step: int, total: int) -> Progress:
+    """Return the display that `--progress` names; auto is a bar on a terminal, else lines."""
+    if kind == "auto":
+        kind = "bar" if sys.stdout.isatty() else "lines"
+    return {"bar": _Bar, "lines": _Lines, "off": _Off}[kind](step, total)
+
+
+class _Bar:
+    def __init__(self, step: int, total: int):
+        self._progress = RichProgress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(highlight=False),
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("", total=total, completed=step, facts="compiling ...")
+
+    def update(self, step: int, facts: str, seconds_left: float) -> None:
+        self._progress.update(self._task, completed=step, facts=facts)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    def __init__(self, step: int, total: int):
+        self._total = total
+        self._last = 0.0
+
+    def update(self, step: int, facts: str, seconds_left: float) -> None:
+        now = time.monotonic()
+        if now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            minutes, seconds = divmod(round(seconds_left), 60)
+            self.note(f"step {step}/{self._total}  {facts}  {minutes}:{seconds:02d} left")
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _Off(_Lines):
+    def update(self, step: int, facts: str, seconds_left: float) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

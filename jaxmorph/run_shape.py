@@ -1,0 +1,244 @@
+"""What a scaling operation can change, as sizes and numbers without an array, and how it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmorph.config import ModelConfig, Within
+
+LARGEST_COUNT = 2**31 - 1  # sizes and counts become int32 arrays
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of numbers that become float32 arrays, with room to multiply
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """A run at one moment of its schedule.
+
+    Args:
+      model: the architecture; its `seq_len` is the context length.
+      batch_size: sequences per forward pass, over all devices.
+      grad_accum_steps: forward passes per update.
+      eval_iters: validation batches per evaluation.
+      eval_interval: steps between evaluations.
+      warmup_steps: steps of linear warmup.
+      learning_rate: peak learning rate where the multiplier is one; no operation changes it.
+      lr_multiplier: multiplies the learning rate.
+      lora_alpha: numerator of the adapters' scale alpha / rank.
+    """
+
+    model: ModelConfig
+    batch_size: int
+    grad_accum_steps: int
+    eval_iters: int
+    eval_interval: int
+    warmup_steps: int
+    learning_rate: float
+    lr_multiplier: float
+    lora_alpha: float
+
+    def with_model(self, **sizes: int) -> RunShape:
+        """Return the run with another architecture."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
+
+
+class OperationError(ValueError):
+    """A value or an option that an operation cannot use.
+
+    Args:
+      got: what came, as the user wrote it.
+      expected: what would have been accepted.
+      field: the field of the entry it stands in.
+    """
+
+    def __init__(self, got: object, expected: str, field: str = "value"):
+        self.got, self.expected, self.field = got, expected, field
+        super().__init__(f"{field}: got {got!r}, expected {expected}")
+
+
+def check_number(got: object, kind: type, within: Within, field: str = "value") -> None:
+    """Check that `got` is a number of that kind and in that range.
+
+    Args:
+      got: the value, as JSON or YAML gave it.
+      kind: int, or float, for which a whole number will do.
+      within: the range.
+      field: where it stands.
+
+    Raises:
+      OperationError: it is not; true and false are no numbers.
+    """
+    wanted = "a whole number" if kind is int else "a number"
+    limits = str(within)
+    if not isinstance(got, int if kind is int else (int, float)) or isinstance(got, bool):
+        raise OperationError("null" if got is None else got, f"{wanted} {limits}".strip(), field)
+    if isinstance(got, float) and not math.isfinite(got):
+        raise OperationError(got, f"a finite number {limits}".strip(), field)
+    if not within.holds(got):
+        raise OperationError(got, f"{wanted} {limits}", field)
+
+
+def whole_product(size: int, factor: float) -> int | None:
+    """Return size × factor where that is a whole number, else None.
+
+    A factor is the decimal that was written or the float nearest to a ratio of whole numbers, not
+    the binary fraction it became: 10 × 1.1 is 11, and 96 × 0.3333333333333333 is 32.
+    """
+    nearest = round(size * factor)
+    return nearest if size and nearest / size == factor else None
+
+
+def scaled_size(noun: str, size: int, factor: float, least: int, most: int) -> int:
+    """Return size × factor, an axis's new size.
+
+    Args:
+      noun: what the size is of, for the message.
+      size: its size now.
+      factor: what multiplies it.
+      least: the smallest size it may get.
+      most: the largest.
+
+    Raises:
+      OperationError: the product is not whole or out of range; names the nearest factors that work.
+    """
+    product = whole_product(size, factor)
+    if product is not None and least <= product <= most:
+        return product
+    exact = size * factor
+    near = {min(max(n, least), most) for n in (math.floor(exact), math.ceil(exact))}
+    works = ", ".join(f"{repeatable(n / size)} gives {n}" for n in sorted(near) if n != size)
+    span = f"from {least} to {most}" if most < LARGEST_COUNT else f"of at least {least}"
+    wanted = f"a factor that gives a whole {noun} {span} ({size} × {factor:g} = {exact:g})"
+    raise OperationError(factor, f"{wanted}; {works}" if works else wanted)
+
+
+def scaled_count(count: int, factor: float) -> int:
+    """Return count × factor rounded down, at least 1.
+
+    Raises:
+      OperationError: it does not fit 32 bits.
+    """
+    product = whole_product(count, factor)
+    scaled = max(1, math.floor(count * factor) if product is None else product)
+    if scaled > LARGEST_COUNT:
+        raise OperationError(factor, f"a product of at most {LARGEST_COUNT} ({count} × {factor:g})")
+    return scaled
+
+
+def scaled_number(number: float, factor: float) -> float:
+    """Return number × factor.
+
+    Raises:
+      OperationError: it is too large or too small for a float32.
+    """
+    if not _SMALLEST <= number * factor <= _LARGEST:
+        raise OperationError(
+            factor, f"a product from {_SMALLEST:g} to {_LARGEST:g} ({number:g} × {factor:g})"
+        )
+    return number * factor
+
+
+def repeatable(factor: float) -> str:
+    """Return a factor so that reading it gives the same one; 2.0 as 2."""
+    return repr(int(factor)) if factor == int(factor) else repr(factor)
+
+
+# From here on, the ways of changing: each takes a shape, a checked value and all options, and
+# raises OperationError where the value does not suit the shape.
+Options = Mapping[str, Any]
+Change = Callable[[RunShape, Any, Options], RunShape]
+
+
+def multiplied_count(field: str) -> Change:
+    """Return the change that multiplies a count, rounding down."""
+    return lambda shape, value, _: dataclasses.replace(
+        shape, **{field: scaled_count(getattr(shape, field), value)}
+    )
+
+
+def multiplied_number(field: str) -> Change:
+    """Return the change that multiplies a number."""
+    return lambda shape, value, _: dataclasses.replace(
+        shape, **{field: scaled_number(getattr(shape, field), value)}
+    )
+
+
+def replaced(field: str) -> Change:
+    """Return the change that sets a field to the value."""
+    return lambda shape, value, _: dataclasses.replace(shape, **{field: value})
+
+
+def unchanged(shape: RunShape, value: None, options: Options) -> RunShape:
+    """Return the shape as it is."""
+    return shape
+
+
+def set_learning_rate(shape: RunShape, value: float, options: Options) -> RunShape:
+    """Return the run with the multiplier that makes `value` its peak learning rate."""
+    multiplier = scaled_number(1.0, value / shape.learning_rate)
+    return dataclasses.replace(shape, lr_multiplier=multiplier)
+
+
+def grown(field: str) -> Change:
+    """Return the change that multiplies an axis of the model, which must become larger."""
+
+    def change(shape: RunShape, value: float, options: Options) -> RunShape:
+        size = getattr(shape.model, field)
+        new = scaled_size(field, size, value, least=size + 1, most=LARGEST_COUNT)
+        return shape.with_model(**{field: new})
+
+    return change
+
+
+def stacked_layers(shape: RunShape, value: float, options: Options) -> RunShape:
+    """Return the run with `value` times as many layers; with `value` layers where it has none."""
+    if shape.model.n_layers:
+        return grown("n_layers")(shape, value, options)
+    if value != int(value):
+        raise OperationError(value, "a whole number of layers, as there are none to multiply")
+    return shape.with_model(n_layers=int(value))
+
+
+def widened_embed(shape: RunShape, value: float, options: Options) -> RunShape:
+    """Return the run with `value` times the width, a whole multiple."""
+    if value != int(value):
+        near = " or ".join(repr(n) for n in (math.floor(value), math.ceil(value)))
+        raise OperationError(value, f"a whole multiple, as d_model has even shares only: {near}")
+    return grown("d_model")(shape, value, options)
+
+
+def scaled_rank(field: str) -> Change:
+    """Return the change that multiplies a LoRA rank, up to d_model.
+
+    Alpha stays: it serves the attention's and the embedding's adapters alike. The morph gives B the
+    factor by which alpha / rank falls or rises, so that what the adapter adds stays as it is.
+    """
+
+    def change(shape: RunShape, value: float, options: Options) -> RunShape:
+        rank = getattr(shape.model, field)
+        new = scaled_size(field, rank, value, least=1, most=max(rank, shape.model.d_model))
+        return shape.with_model(**{field: new})
+
+    return change
+
+
+def scaled_seq_len(shape: RunShape, value: float, options: Options) -> RunShape:
+    """Return the run with `value` times the context length."""
+    new = scaled_size("seq_len", shape.model.seq_len, value, least=1, most=LARGEST_COUNT)
+    return _with_seq_len(shape, new, value)
+
+
+def set_seq_len(shape: RunShape, value: int, options: Options) -> RunShape:
+    """Return the run with a context of `value` tokens."""
+    return _with_seq_len(shape, value, value)
+
+
+def _with_seq_len(shape: RunShape, seq_len: int, value: float) -> RunShape:
+    learned = shape.model.seq_len
+    if shape.model.positions == "learned" and seq_len > learned:
+        wanted = f"at most the {learned} learned positions (positions rotary has no such limit)"
+        raise OperationError(value, f"a seq_len, here {seq_len}, of {wanted}")
+    return shape.with_model(seq_len=seq_len)

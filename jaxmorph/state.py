@@ -1,0 +1,93 @@
+"""A run is a value: everything that training changes, as one pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmorph import model
+from jaxmorph.blocks import Gates, Params
+from jaxmorph.config import ModelConfig, Settings
+from jaxmorph.optimizer import plateau_transform
+from jaxmorph.precision import parameter_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Knobs:
+    """Hyperparameters that can change while a run goes on; scalars, so no change recompiles."""
+
+    lr_multiplier: jax.Array  # float
+    schedule_start: jax.Array  # int32, the step at which the learning-rate schedule (re)started
+    warmup_steps: jax.Array  # int32
+    total_steps: jax.Array  # int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a training step maps to its successor, and what a checkpoint holds."""
+
+    step: jax.Array  # int32, optimizer steps taken, skipped ones included
+    params: Params
+    opt_state: optax.OptState
+    gates: Gates
+    knobs: Knobs
+    plateau: Any  # optax's ReduceLROnPlateauState; its `scale` multiplies the learning rate
+    skipped: jax.Array  # int32, updates skipped because loss or gradient was not finite
+    skipped_in_a_row: jax.Array  # int32
+    rng: jax.Array  # uint32 key data; dropout at a step depends on it and the step alone
+
+
+def new_state(
+    config: ModelConfig,
+    settings: Settings,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+) -> TrainState:
+    """Return the state before the first step."""
+    rng = jax.random.key(settings.run.seed)
+    params = model.init(config, jax.random.fold_in(rng, 0))
+    dtype = parameter_dtype(config)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        gates=model.open_gates(config),
+        knobs=Knobs(
+            lr_multiplier=jnp.ones((), dtype),
+            schedule_start=zero,
+            warmup_steps=jnp.asarray(warmup_steps, jnp.int32),
+            total_steps=jnp.asarray(total_steps, jnp.int32),
+        ),
+        plateau=plateau_transform(settings.optimizer).init({"": jnp.zeros((), dtype)}),
+        skipped=zero,
+        skipped_in_a_row=zero,
+        rng=jax.random.key_data(jax.random.fold_in(rng, 1)),
+    )
+
+
+def leaves_by_path(state: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by their path, written with slashes, in the tree's order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def from_leaves(abstract: Any, leaves: dict[str, Any]) -> Any:
+    """Return a pytree of the structure of `abstract` with the given leaves (see `leaves_by_path`)."""
+    paths = list(leaves_by_path(abstract))
+    assert set(paths) == set(leaves), set(paths) ^ set(leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in paths])
+
+
+def abstract_state(build: Callable[[], TrainState]) -> TrainState:
+    """Return the shapes and dtypes of the state that `build` makes, without making it."""
+    return jax.eval_shape(build)

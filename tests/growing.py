@@ -1,0 +1,126 @@
+"""What the tests of growth share: small states, and updates that can be looked into."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from small_models import flat, shaken, small_config, small_tokens
+
+from jaxmorph import model
+from jaxmorph.architecture import frozen_parameters, gpt_signatures
+from jaxmorph.config import ModelConfig, Settings
+from jaxmorph.optimizer import make_optimizer
+from jaxmorph.resolve import resolve
+from jaxmorph.state import TrainState, new_state
+
+
+def grown_config(**changes) -> ModelConfig:
+    """A GPT of two layers in float64, scanned so that it compiles fast."""
+    small = {"dtype": "float64", "n_layers": 2, "d_model": 16, "d_ff": 24, "seq_len": 12}
+    return small_config(**{"scan_layers": "scan", **small, **changes})
+
+
+def setting_up(config: ModelConfig, **optimizer) -> tuple[Any, Any]:
+    """An optimizer and a state with noise on every parameter and gates that are neither 0 nor 1."""
+    settings, _ = resolve([])
+    assert isinstance(settings, Settings)
+    plain = {"weight_decay": 0.0, "grad_clip": 0.0}
+    rule = dataclasses.replace(settings.optimizer, **plain | optimizer)
+    settings = dataclasses.replace(settings, optimizer=rule)
+    made = make_optimizer(rule, gpt_signatures(config), frozen_parameters(config))
+    state = new_state(config, settings, made, warmup_steps=0, total_steps=100)
+    params = jax.tree.map(jnp.asarray, shaken(jax.device_get(state.params)))
+    rng = np.random.default_rng(3)
+    gates = {k: jnp.asarray(0.5 + rng.random(g.shape), g.dtype) for k, g in state.gates.items()}
+    state = dataclasses.replace(state, params=params, opt_state=made.init(params), gates=gates)
+    return made, state
+
+
+def with_gradient_moments(config: ModelConfig, state: TrainState) -> tuple[Any, Any]:
+    """Adam, and the state with the gradient as its first moment and its square as its second."""
+    adam, gradient = optax.scale_by_adam(), gradient_of(config, state)
+    squares = jax.tree.map(jnp.square, gradient)
+    moments = optax.ScaleByAdamState(jnp.asarray(5, jnp.int32), gradient, squares)
+    return adam, dataclasses.replace(state, opt_state=moments)
+
+
+@cache
+def _runs(config: ModelConfig) -> tuple[Any, Any]:
+    """The compiled forward pass and gradient of an architecture."""
+
+    def forward(state: TrainState, tokens: jax.Array) -> jax.Array:
+        return model.forward(config, state.params, tokens, gates=state.gates)
+
+    def loss(params: Any, state: TrainState, tokens: jax.Array) -> jax.Array:
+        return model.loss(config, params, tokens, gates=state.gates)[0]
+
+    return jax.jit(forward), jax.jit(jax.grad(loss))
+
+
+def logits_of(config: ModelConfig, state: TrainState) -> np.ndarray:
+    """Logits on the same few tokens always."""
+    return np.asarray(_runs(config)[0](state, jnp.asarray(small_tokens(2, 12))))
+
+
+def gradient_of(config: ModelConfig, state: TrainState, seed: int = 0) -> Any:
+    """Gradient of the loss on a few tokens."""
+    return _runs(config)[1](state.params, state, jnp.asarray(small_tokens(2, 13, seed)))
+
+
+def function_delta(before: np.ndarray, after: np.ndarray) -> float:
+    """Largest difference of logits over their RMS."""
+    return float(np.abs(after - before).max() / np.sqrt(np.mean(before**2)))
+
+
+def updates_after(
+    config: ModelConfig, optimizer: Any, state: TrainState, steps: int
+) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
+    """Train on a text that repeats itself; return the state and the updates of every step."""
+    text = np.random.default_rng(7).integers(0, 50, 200)
+
+    @jax.jit
+    def step(params, opt_state, gates, tokens):
+        gradient = jax.grad(lambda p: model.loss(config, p, tokens, gates=gates)[0])(params)
+        rate = jnp.asarray(3e-3)
+        updates, opt_state = optimizer.update(gradient, opt_state, params, learning_rate=rate)
+        return optax.apply_updates(params, updates), opt_state, updates
+
+    seen = []
+    rng = np.random.default_rng(8)
+    for _ in range(steps):
+        starts = rng.integers(0, len(text) - 13, 8)
+        tokens = jnp.asarray(np.stack([text[at : at + 13] for at in starts]).astype(np.int32))
+        params, opt_state, updates = step(state.params, state.opt_state, state.gates, tokens)
+        state = dataclasses.replace(state, params=params, opt_state=opt_state)
+        seen.append(flat(updates))
+    return state, seen
+
+
+def worst_ratio(
+    config: ModelConfig, axis: str, old: int, updates: list[dict[str, np.ndarray]]
+) -> dict[str, float]:
+    """For each leaf on `axis` the largest RMS of its entries from `old` on, over that of the others.
+
+    Where there are no others, over that of all parameters without the axis.
+    """
+    worst: dict[str, float] = {}
+    for step in updates:
+        signatures = gpt_signatures(config)
+        rest = [u.ravel() for path, u in step.items() if axis not in signatures[path].axes]
+        for path, signature in signatures.items():
+            if axis not in signature.axes or path.endswith("key_bias"):
+                continue
+            at = signature.axes.index(axis)
+            kept, new = np.split(step[path], [old], at)
+            scale = rms(kept) if old else rms(np.concatenate(rest))
+            worst[path] = max(worst.get(path, 0.0), rms(new) / scale)
+    return worst
+
+
+def rms(x: np.ndarray) -> float:
+    """Root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(x))))
