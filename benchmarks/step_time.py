@@ -62,8 +62,9 @@ def jaxmorph_step(shape: Shape, dtype: str) -> tuple[Step, dict[str, Any]]:
     import numpy as np
 
     from jaxmorph.programs import make_programs
-    from jaxmorph.resolve import model_config, resolve
+    from jaxmorph.resolve import resolve
     from jaxmorph.sharding import make_mesh, place_batch
+    from jaxmorph.starting import model_config
     from jaxmorph.state import new_state
 
     fields = ("n_layers", "d_model", "n_heads", "seq_len", "batch_size")

@@ -112,8 +112,8 @@ class DataSettings:
 class ModelSettings:
     """The transformer's shape."""
 
-    n_layers: Positive = 6
-    """Transformer blocks."""
+    n_layers: Count = 6
+    """Transformer blocks; 0 for a run that begins without any and grows."""
     d_model: Positive = 384
     """Width of the residual stream."""
     n_heads: Positive = 6
@@ -148,6 +148,14 @@ class ModelSettings:
     loss_chunk: Count | None = None
     """Tokens whose logits are held at a time (0: all at once). Default: all for small vocabularies,
     4096 where all the logits would exceed 256 MB."""
+    attn_lora_rank_divisor: NonNegativeFloat = 0.0
+    """LoRA adapters on the attention's matrices, of rank d_model / divisor; 0: no LoRA."""
+    vocab_lora_rank_divisor: NonNegativeFloat = 0.0
+    """A LoRA adapter on the token embedding, of rank d_model / divisor; 0: no LoRA."""
+    lora_alpha: PositiveFloat = 16.0
+    """Numerator of the adapters' scale, alpha / rank."""
+    lora_base: Literal["frozen", "trained"] = "frozen"
+    """What happens to the matrices that have an adapter."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,40 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class GrowthSettings:
+    """The scaling schedule, and what divides and multiplies the settings above at its start."""
+
+    scaling_schedule_file: str | None = None
+    """Operations that change model and training under way (*.json, *.yaml); --help_operations
+    lists them."""
+    allow_schedule_change: bool = False
+    """Resume with a schedule whose entries that have not fired yet were edited."""
+    precompile: Literal["on", "off"] = "on"
+    """Compile the next stage's programs in the background while the present one trains."""
+    simulate_loss: str | None = None
+    """With dry_run: a CSV file of a run's evaluations (header step,loss); prints when each operation
+    would fire."""
+    n_layer_divisor: PositiveFloat = 1.0
+    """Start with n_layers / divisor layers."""
+    n_hidden_divisor: PositiveFloat = 1.0
+    """Start with d_ff / divisor hidden units."""
+    lr_multiplier: PositiveFloat = 1.0
+    """Start with learning_rate × multiplier."""
+    batch_size_multiplier: PositiveFloat = 1.0
+    """Start with batch_size × multiplier, rounded down."""
+    grad_accum_multiplier: PositiveFloat = 1.0
+    """Start with grad_accum_steps × multiplier, rounded down."""
+    warmup_iters_multiplier: PositiveFloat = 1.0
+    """Start with warmup_steps × multiplier, rounded down."""
+    eval_iters_multiplier: PositiveFloat = 1.0
+    """Start with eval_iters × multiplier, rounded down."""
+    eval_interval_multiplier: PositiveFloat = 1.0
+    """Start with eval_interval × multiplier, rounded down."""
+    lora_alpha_multiplier: PositiveFloat = 1.0
+    """Start with lora_alpha × multiplier."""
+
+
+@dataclass(frozen=True)
 class ScaleSettings:
     """Where the work is spread."""
 
@@ -210,6 +252,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    growth: GrowthSettings = field(default_factory=GrowthSettings)
     scale: ScaleSettings = field(default_factory=ScaleSettings)
 
 

@@ -21,6 +21,14 @@ POINTS = (
     "after_arrays",  # arrays are whole, no manifest yet
     "after_manifest",  # manifest is whole, not yet renamed, so not committed
     "after_save",  # committed, older checkpoints not yet pruned
+    "evaluation",  # in the middle of an evaluation
+    "compiling",  # the next stage's step is compiled, the morph to it is not
+    "before_operation",  # an operation is due, nothing of it is done
+    "during_operation",  # the new state is there, not yet compared with the old one
+    "after_operation",  # the new state is the run's, nothing is written of it
+    "reevaluation",  # evaluating right after an operation
+    "operation_recorded",  # its line is written
+    "first_step",  # the first update after an operation is computed
 )
 
 # how often this process has passed the point that the variable names; empty in any normal run

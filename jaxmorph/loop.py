@@ -6,68 +6,47 @@ import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
 
-from jaxmorph.architecture import flops_per_token, parameter_count
-from jaxmorph.checkpoint import CheckpointError, Checkpoints
-from jaxmorph.config import ModelConfig, Settings
-from jaxmorph.data import ExampleStream, TokenizedCorpus, load_tokens, validation_batches
+from jaxmorph.checkpoint import CheckpointError
+from jaxmorph.config import Settings
 from jaxmorph.errors import InputError
 from jaxmorph.faults import crash_point
 from jaxmorph.metrics import DivergedError, StepLog, make_trackers, peak_flops
-from jaxmorph.programs import Programs, make_programs
+from jaxmorph.orchestrator import OperationFailedError, Reason, announcement, perform
+from jaxmorph.preparation import Setup, Stint, prepare
 from jaxmorph.progress import Progress, make_progress
 from jaxmorph.report import write_report
-from jaxmorph.resolve import (
-    Sources,
-    check_warmup,
-    model_config,
-    to_yaml,
-    total_steps,
-    values_of,
-    warmup_steps,
-)
+from jaxmorph.resolve import Sources, to_yaml, values_of
 from jaxmorph.resume import (
     CheckpointRecord,
     Position,
+    check_schedule,
     check_unchanged,
     finite_or_none,
     restore_state,
     same_json,
+    schedule_record,
     with_total_steps,
 )
 from jaxmorph.run_folder import JsonLines, RunLock, write_text_atomically
-from jaxmorph.sharding import BATCH_AXES, make_mesh, place_batch
-from jaxmorph.state import TrainState, leaves_by_path, new_state
+from jaxmorph.scaling_schedule import due, schedule_json
+from jaxmorph.sharding import place_batch
+from jaxmorph.state import TrainState, leaves_by_path
 from jaxmorph.stopping import StopSignals
-from jaxmorph.summary import describe
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What stays the same while a stage runs."""
-
-    settings: Settings
-    config: ModelConfig
-    corpus: TokenizedCorpus
-    stream: ExampleStream
-    validation: list[np.ndarray]
-    total_steps: int
-    mesh: Mesh
-    programs: Programs
-    checkpoints: Checkpoints
-    run_dir: Path
 
 
 def train(settings: Settings, sources: Sources) -> int:
     """Train as the settings say, from the start or from the run folder's newest sound checkpoint.
 
     Returns:
-      The exit status: 0 done, 1 diverged, 143 or 130 stopped by a signal after saving.
+      The exit status: 0 done, 1 diverged or an operation failed, 143 or 130 stopped by a signal after
+      saving.
 
     Raises:
       InputError: bad input, before the first step.
@@ -77,14 +56,14 @@ def train(settings: Settings, sources: Sources) -> int:
     _check_folder(run_dir)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     with x64, RunLock(run_dir), StopSignals() as signals:
-        setup = _prepare(settings, sources, run_dir)
-        with contextlib.closing(setup.checkpoints):
+        setup = prepare(settings, sources, run_dir)
+        with contextlib.closing(setup.checkpoints), contextlib.closing(setup.compiler):
             state, position, resumed = _begin_or_resume(setup)
-            if position.step >= setup.total_steps:
+            if position.step >= setup.total_steps and position.pending is None:
                 print(f"The run is finished: step {position.step} of {setup.total_steps}.")
                 return 0
             try:
-                status = _run(setup, state, position, signals, resumed)
+                status = Loop(setup, state, position, resumed).run(signals)
             except CheckpointError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
@@ -103,69 +82,6 @@ def _check_folder(run_dir: Path) -> None:
         )
 
 
-def _prepare(settings: Settings, sources: Sources, run_dir: Path) -> Setup:
-    """Read the corpus and make the programs; nothing is compiled and no state is made yet."""
-    data, run = settings.data, settings.run
-    corpus = load_tokens(
-        data.data,
-        data.tokenizer,
-        seq_len=data.seq_len,
-        val_fraction=data.val_fraction,
-        bpe_vocab_size=data.bpe_vocab_size,
-        cache_dir=data.cache_dir,
-    )
-    stream = ExampleStream(corpus.train, seq_len=data.seq_len, seed=run.seed)
-    total = total_steps(settings, stream.examples_per_epoch)
-    assert total is not None
-    check_warmup(settings, sources, total)
-    config = model_config(settings, corpus.tokenizer.vocab_size)
-    mesh = make_mesh(settings.scale.mesh)
-    validation = validation_batches(
-        corpus.val, seq_len=data.seq_len, batch_size=data.batch_size, n_batches=run.eval_iters
-    )
-    _check_batches(mesh, data.batch_size, validation)
-    device = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
-    print(f"jaxmorph on jax {jax.__version__}, {device}")
-    print(
-        describe(
-            settings,
-            config,
-            corpus=corpus.description,
-            examples_per_epoch=stream.examples_per_epoch,
-        )
-    )
-    programs = make_programs(
-        config,
-        settings.optimizer,
-        mesh,
-        lambda optimizer: new_state(
-            config,
-            settings,
-            optimizer,
-            warmup_steps=warmup_steps(settings, total),
-            total_steps=total,
-        ),
-    )
-    checkpoints = Checkpoints(run_dir / "checkpoints", run.keep_checkpoints, run.keep_best)
-    return Setup(
-        settings, config, corpus, stream, validation, total, mesh, programs, checkpoints, run_dir
-    )
-
-
-def _check_batches(mesh: Mesh, batch_size: int, validation: list[np.ndarray]) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % parts:
-        raise InputError("--batch_size", "", batch_size, f"a multiple of the {parts} data devices")
-    if len(validation[0]) % parts:
-        raise InputError(
-            "--val_fraction",
-            "",
-            None,
-            f"more validation text: its {len(validation[0])} windows do not divide over "
-            f"{parts} data devices",
-        )
-
-
 def _begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
     """Return state and position to go on from, and whether the run had begun before.
 
@@ -179,11 +95,13 @@ def _begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
             "--no_resume", "", str(run_dir), "a folder without a run; give another --run_dir"
         )
     if step is None:
-        state, position = setup.programs.init(), Position()
+        state, position = setup.compiler.lazy(0).init(), Position()
     else:
         state, position = _resume(setup, step)
     write_text_atomically(run_dir / "config.yaml", to_yaml(setup.settings))
     write_text_atomically(run_dir / "tokenizer.json", setup.corpus.tokenizer.to_json())
+    if setup.plan.entries:
+        write_text_atomically(run_dir / "schedule.json", schedule_json(setup.plan.entries))
     kept = -1 if step is None else position.step
     (run_dir / "operations.jsonl").touch()
     for name in ("metrics.jsonl", "operations.jsonl"):
@@ -194,9 +112,15 @@ def _begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
 
 def _resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     record = CheckpointRecord.from_meta(setup.checkpoints.read_meta(step))
-    now = same_json(values_of(setup.settings))
+    settings, now = setup.settings, same_json(values_of(setup.settings))
     changes = check_unchanged(record, now, setup.corpus.sha256, str(setup.run_dir))
-    programs = setup.programs
+    changes += check_schedule(
+        record,
+        setup.plan.entries,
+        str(settings.growth.scaling_schedule_file or "--scaling_schedule_file"),
+        settings.growth.allow_schedule_change,
+    )
+    programs = setup.compiler.lazy(record.position.next_operation)
     state = restore_state(
         setup.checkpoints, step, programs.abstract_state, programs.state_shardings
     )
@@ -204,111 +128,194 @@ def _resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     return with_total_steps(state, setup.total_steps), record.position
 
 
-def _run(
-    setup: Setup, state: TrainState, position: Position, signals: StopSignals, resumed: bool
-) -> int:
-    """Step until the run is done, diverges or is asked to stop; return the exit status."""
-    run, total = setup.settings.run, setup.total_steps
-    trackers = make_trackers(run, setup.run_dir, values_of(setup.settings))
-    lines = JsonLines(setup.run_dir / "metrics.jsonl")
-    peak = peak_flops(list(setup.mesh.devices.flat), setup.config.dtype)
-    with make_progress(run.progress, position.step, total) as progress:
-        log = StepLog(lines, trackers, progress, run, total, peak)
-        log.resume_totals(position.tokens, position.flops)
-        try:
-            with contextlib.closing(log):
-                if not resumed:
-                    state, position = _evaluate(setup, state, position, log, progress)
-                    _save(setup, state, position, log)
-                _steps(setup, state, position, log, progress, signals)
-        except DivergedError as error:
-            setup.checkpoints.wait()
-            good = setup.checkpoints.folder / str(setup.checkpoints.newest())
-            print(f"error: {error}. The last good checkpoint is {good}", file=sys.stderr)
-            return 1
-    setup.checkpoints.wait()
-    return 0 if signals.received is None else signals.exit_status
+class Loop:
+    """A run under way: its state, where it stands and what it works with.
 
+    Args:
+      setup: what stays the same.
+      state: to go on from.
+      position: where that is.
+      resumed: whether the run had begun before; if not, it begins with an evaluation and a checkpoint.
+    """
 
-def _steps(
-    setup: Setup,
-    state: TrainState,
-    position: Position,
-    log: StepLog,
-    progress: Progress,
-    signals: StopSignals,
-) -> None:
-    run, data, programs = setup.settings.run, setup.settings.data, setup.programs
-    save_interval = run.checkpoint_interval or run.eval_interval
-    sums, micro_batches = programs.zero_sums(), np.int32(data.grad_accum_steps)
-    with contextlib.closing(setup.stream.batches(position.examples, data.batch_size)) as batches:
-        while position.step < setup.total_steps and signals.received is None:
+    def __init__(self, setup: Setup, state: TrainState, position: Position, resumed: bool):
+        self._setup, self._settings, self._resumed = setup, setup.settings, resumed
+        self._state, self._position = state, position
+        self._operations = JsonLines(setup.run_dir / "operations.jsonl")
+        self._log: StepLog
+        self._progress: Progress
+        self._stint: Stint
+
+    def run(self, signals: StopSignals) -> int:
+        """Step until the run is done, fails or is asked to stop; return the exit status."""
+        setup, run = self._setup, self._settings.run
+        trackers = make_trackers(run, setup.run_dir, values_of(self._settings))
+        lines = JsonLines(setup.run_dir / "metrics.jsonl")
+        peak = peak_flops(list(setup.mesh.devices.flat), self._settings.model.dtype)
+        with make_progress(run.progress, self._position.step, setup.total_steps) as progress:
+            self._progress = progress
+            self._log = StepLog(lines, trackers, progress, run, setup.total_steps, peak)
+            self._log.resume_totals(self._position.tokens, self._position.flops)
+            try:
+                with contextlib.closing(self._operations), contextlib.closing(self._log):
+                    self._begin()
+                    self._steps(signals)
+            except (DivergedError, OperationFailedError) as error:
+                setup.checkpoints.wait()
+                good = setup.checkpoints.folder / str(setup.checkpoints.newest())
+                print(f"error: {error}. The last good checkpoint is {good}", file=sys.stderr)
+                return 1
+        setup.checkpoints.wait()
+        return 0 if signals.received is None else signals.exit_status
+
+    def _begin(self) -> None:
+        self._stint = self._setup.stint(self._position.next_operation)
+        self._setup.compiler.prefetch_after(self._position.next_operation)
+        self._log.restart_clock()
+        if self._resumed:
+            if self._position.pending is not None:
+                self._operate(self._position.pending)
+            return
+        self._evaluate()
+        self._operate_while_due(self._position.val_loss)
+        self._save()
+
+    def _steps(self, signals: StopSignals) -> None:
+        while self._position.step < self._setup.total_steps and signals.received is None:
+            with contextlib.closing(self._batches()) as batches:
+                self._steps_of_stint(batches, signals)
+
+    def _batches(self) -> Generator[np.ndarray, None, None]:
+        return self._stint.stream.batches(self._position.examples, self._stint.shape.batch_size)
+
+    def _steps_of_stint(
+        self, batches: Generator[np.ndarray, None, None], signals: StopSignals
+    ) -> None:
+        """Step until an operation has changed what the loop works with, or the run ends."""
+        stint, programs, mesh = self._stint, self._stint.programs, self._setup.mesh
+        sums, micro_batches = programs.zero_sums(), np.int32(stint.shape.grad_accum_steps)
+        while stint is self._stint:
             crash_point("step")
-            for index in range(data.grad_accum_steps):
-                batch = place_batch(setup.mesh, next(batches))
-                sums = programs.accumulate(state, sums, batch, np.int32(index))
-            state, sums, metrics = programs.update(state, sums, micro_batches)
-            position = _advance(setup, position)
-            log.step(_totals(setup, position), metrics)
-            last = position.step == setup.total_steps
-            if last or position.step % run.eval_interval == 0:
-                state, position = _evaluate(setup, state, position, log, progress)
-            if last or signals.received is not None or position.step % save_interval == 0:
-                _save(setup, state, position, log)
+            for index in range(stint.shape.grad_accum_steps):
+                batch = place_batch(mesh, next(batches))
+                sums = programs.accumulate(self._state, sums, batch, np.int32(index))
+            self._state, sums, metrics = programs.update(self._state, sums, micro_batches)
+            self._position = stint.after_step(self._position)
+            if self._position.step == self._position.last_operation_step + 1:
+                crash_point("first_step")
+            self._log.step(stint.totals(self._position), metrics)
+            if self._after_step(signals):
+                return
 
+    def _after_step(self, signals: StopSignals) -> bool:
+        """Evaluate, operate and save as the step just done asks for; return whether to stop."""
+        step, run = self._position.step, self._settings.run
+        last, heard = step == self._setup.total_steps, None
+        if last or step % self._stint.shape.eval_interval == 0:
+            self._evaluate()
+            heard = self._position.val_loss
+        self._operate_while_due(heard)
+        stop = last or signals.received is not None
+        if stop or step % (run.checkpoint_interval or self._stint.shape.eval_interval) == 0:
+            self._save()
+        return stop
 
-def _advance(setup: Setup, position: Position) -> Position:
-    data = setup.settings.data
-    examples = data.batch_size * data.grad_accum_steps
-    tokens = examples * setup.config.seq_len
-    return dataclasses.replace(
-        position,
-        step=position.step + 1,
-        examples=position.examples + examples,
-        tokens=position.tokens + tokens,
-        flops=position.flops + tokens * flops_per_token(setup.config),
-    )
+    def _operate_while_due(self, heard: float | None) -> None:
+        """Perform every operation that is due, one after the other.
 
+        Args:
+          heard: the validation loss just evaluated; None where there was no evaluation.
+        """
+        entries = self._setup.plan.entries
+        while (index := self._position.next_operation) < len(entries):
+            position = self._position
+            reason = due(entries[index], position.step, position.last_operation_step, heard)
+            if reason is None:
+                return
+            self._operate(reason)
+            heard = self._position.val_loss
 
-def _totals(setup: Setup, position: Position) -> dict[str, int]:
-    return {
-        "step": position.step,
-        "stage": position.stage,
-        "tokens": position.tokens,
-        "flops": position.flops,
-        "params": parameter_count(setup.config),
-        "batch_size": setup.settings.data.batch_size,
-        "grad_accum_steps": setup.settings.data.grad_accum_steps,
-    }
+    def _operate(self, reason: Reason) -> None:
+        """Perform the next operation, record it, and go on with what it leads to.
 
+        Raises:
+          OperationFailedError: it could not be done; a checkpoint of the state before it is saved.
+        """
+        self._log.flush_to_held()  # no step is under way from here on
+        setup, position = self._setup, self._position
+        try:
+            self._state, done = perform(
+                setup.plan,
+                setup.compiler,
+                self._state,
+                position,
+                reason,
+                self._stint.validation[0][:, :-1],
+                self._settings.optimizer.allow_warmup_past_end,
+            )
+        except OperationFailedError:
+            self._position = dataclasses.replace(position, pending=reason)
+            self._save()
+            raise
+        self._progress.note(announcement(done, len(setup.plan.entries)))
+        self._position = dataclasses.replace(
+            position,
+            next_operation=position.next_operation + 1,
+            last_operation_step=position.step,
+            pending=None,
+        )
+        self._enter(self._position.next_operation)
+        again = done.entry.reevaluate
+        if again:
+            self._evaluate(again=True)
+        self._operations.write(done.line(self._position.val_loss if again else None))
+        crash_point("operation_recorded")
+        self._log.restart_clock()
 
-def _evaluate(
-    setup: Setup, state: TrainState, position: Position, log: StepLog, progress: Progress
-) -> tuple[TrainState, Position]:
-    """Evaluate on the validation batches; record it, and show it to the plateau schedule."""
-    log.flush_to_held()
-    programs = setup.programs
-    results = [
-        programs.evaluate(state.params, state.gates, place_batch(setup.mesh, batch))
-        for batch in setup.validation
-    ]
-    means = {
-        name: math.fsum(float(result[name]) for result in results) / len(results)
-        for name in ("loss", "accuracy")
-    }
-    log.evaluation(position.step, {f"val/{name}": value for name, value in means.items()})
-    loss, accuracy = means["loss"], means["accuracy"]
-    progress.note(f"step {position.step}: validation loss {loss:.4f}, accuracy {accuracy:.1%}")
-    state = programs.observe(state, np.asarray(loss, state.plateau.avg_value.dtype))
-    return state, dataclasses.replace(position, val_loss=finite_or_none(loss))
+    def _enter(self, index: int) -> None:
+        """Work with stage `index` from now on."""
+        old, self._stint = self._stint, self._setup.stint(index)
+        self._position = self._setup.moved(self._position, old, self._stint)
+        self._setup.compiler.prefetch_after(index)
 
+    def _evaluate(self, again: bool = False) -> None:
+        """Evaluate on the validation batches and record it; after an operation, `again`."""
+        self._log.flush_to_held()
+        stint, mesh = self._stint, self._setup.mesh
+        results = []
+        for batch in stint.validation:
+            placed = place_batch(mesh, batch)
+            results.append(stint.programs.evaluate(self._state.params, self._state.gates, placed))
+            crash_point("reevaluation" if again else "evaluation")
+        loss, accuracy = (
+            math.fsum(float(result[name]) for result in results) / len(results)
+            for name in ("loss", "accuracy")
+        )
+        if jax.process_count() > 1:  # what is due must be due for all processes alike
+            loss = float(multihost_utils.broadcast_one_to_all(np.float64(loss)))
+        step = self._position.step
+        if again:
+            self._log.evaluation(step, {"val/loss_after": loss})
+            self._progress.note(f"step {step}: validation loss after it {loss:.4f}")
+        else:
+            self._log.evaluation(step, {"val/loss": loss, "val/accuracy": accuracy})
+            self._progress.note(f"step {step}: validation loss {loss:.4f}, accuracy {accuracy:.1%}")
+            value = np.asarray(loss, self._state.plateau.avg_value.dtype)
+            self._state = stint.programs.observe(self._state, value)
+        self._position = dataclasses.replace(self._position, val_loss=finite_or_none(loss))
 
-def _save(setup: Setup, state: TrainState, position: Position, log: StepLog) -> None:
-    """Start a checkpoint. Lines of metrics.jsonl up to its step are written before it can commit."""
-    log.sync()
-    record = CheckpointRecord(
-        position, setup.config, values_of(setup.settings), setup.corpus.sha256
-    )
-    setup.checkpoints.save(
-        position.step, leaves_by_path(state), record.to_meta(), score=position.val_loss
-    )
+    def _save(self) -> None:
+        """Start a checkpoint. The lines up to its step are written before it can commit."""
+        self._log.sync()
+        self._operations.sync()
+        position, setup = self._position, self._setup
+        record = CheckpointRecord(
+            position,
+            self._stint.shape.model,
+            values_of(self._settings),
+            setup.corpus.sha256,
+            schedule_record(setup.plan.entries),
+        )
+        setup.checkpoints.save(
+            position.step, leaves_by_path(self._state), record.to_meta(), score=position.val_loss
+        )

@@ -99,8 +99,11 @@ class StepLog:
             self._held = {"step": step}
         assert self._held["step"] == step
         self._held.update(values)
-        self.flush()
-        self._then = time.monotonic()  # the time of an evaluation is no step's
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Take the time from here on as the next step's: evaluations and operations are no steps."""
+        self._then = time.monotonic()
 
     def flush(self) -> None:
         """Wait for every step started, and write all lines."""

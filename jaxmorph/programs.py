@@ -25,11 +25,12 @@ from jaxmorph.optimizer import global_norm, make_optimizer, plateau_transform
 from jaxmorph.precision import parameter_dtype
 from jaxmorph.schedules import lr_multiplier_at, schedule_shape
 from jaxmorph.sharding import batch_sharding, replicated, state_shardings
-from jaxmorph.state import TrainState
+from jaxmorph.state import TrainState, opened
 
 Sums = dict[str, Any]  # "gradients" like the parameters, "loss" a scalar: sums over micro-batches
 Metrics = dict[str, jax.Array]  # scalars
 Scalar = jax.Array | np.ndarray | np.generic
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,31 @@ class Programs:
     """(parameters, gates, batch [B, T + 1]) -> mean loss and accuracy."""
     observe: Callable[[TrainState, Scalar], TrainState]
     """(state, validation loss) -> state with reduce_on_plateau advanced; consumes the state."""
+    optimizer: optax.GradientTransformationExtraArgs
     state_shardings: TrainState
     abstract_state: TrainState
+
+    def compiled(self, batch: Shape, validation: Shape) -> Programs:
+        """Return the same programs, compiled now for batches of these shapes rather than when called.
+
+        Args:
+          batch: (B, T + 1) of a training batch, over all devices.
+          validation: (B, T + 1) of a validation batch.
+        """
+        state, sums = self.abstract_state, jax.eval_shape(self.zero_sums)
+        count, tokens = np.int32(0), jnp.int32
+        loss = jax.ShapeDtypeStruct((), state.plateau.avg_value.dtype)
+        arguments = {
+            "zero_sums": (),
+            "accumulate": (state, sums, jax.ShapeDtypeStruct(batch, tokens), count),
+            "update": (state, sums, count),
+            "evaluate": (state.params, state.gates, jax.ShapeDtypeStruct(validation, tokens)),
+            "observe": (state, loss),
+        }
+        programs: dict[str, Any] = {name: getattr(self, name) for name in arguments}
+        return dataclasses.replace(
+            self, **{n: p.lower(*arguments[n]).compile() for n, p in programs.items()}
+        )
 
 
 def make_programs(
@@ -96,7 +120,7 @@ def make_programs(
     def update(state: TrainState, sums: Sums, count: jax.Array) -> tuple:
         mean = jax.tree.map(lambda total: total / count.astype(total.dtype), sums)
         state, metrics = apply_gradients(optimizer, learning_rate, state, mean)
-        return state, jax.tree.map(jnp.zeros_like, sums), metrics
+        return opened(state), jax.tree.map(jnp.zeros_like, sums), metrics
 
     def evaluate(params: Params, gates: Gates, tokens_BT: jax.Array) -> Metrics:
         loss, accuracy = model.loss(config, params, tokens_BT, gates=gates, constrain=constrain)
@@ -132,6 +156,7 @@ def make_programs(
         observe=jax.jit(
             observe, in_shardings=(shardings, None), out_shardings=shardings, donate_argnums=0
         ),
+        optimizer=optimizer,
         state_shardings=shardings,
         abstract_state=abstract,
     )

@@ -14,13 +14,14 @@ from typing import Any, Literal
 import yaml
 
 from jaxmorph.command_line import parse
-from jaxmorph.config import ModelConfig, Settings, Within
+from jaxmorph.config import Settings, Within
 from jaxmorph.errors import InputError, nearest
+from jaxmorph.run_shape import OperationError, RunShape
+from jaxmorph.starting import start_shape, total_steps, warmup_steps
 from jaxmorph.yaml_file import read_yaml
 
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2")
 MESH_AXES = ("data", "fsdp", "tensor")
-DEFAULT_MAX_STEPS = 2000
 _GROUPS = {name: hint for name, hint in typing.get_type_hints(Settings).items() if name != "config"}
 # flag name -> (group it belongs to, its annotated type)
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -83,23 +84,6 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(values_of(settings), sort_keys=False, allow_unicode=True)
 
 
-def total_steps(settings: Settings, examples_per_epoch: int | None) -> int | None:
-    """Return the number of optimizer steps; None while epochs cannot be counted yet."""
-    run, data = settings.run, settings.data
-    if run.num_epochs is None:
-        return run.max_steps or DEFAULT_MAX_STEPS
-    if examples_per_epoch is None:
-        return None
-    per_step = data.batch_size * data.grad_accum_steps
-    return max(1, int(run.num_epochs * examples_per_epoch / per_step))
-
-
-def warmup_steps(settings: Settings, total: int) -> int:
-    """Return the steps of warmup: as given, or 5 % of the total, floored."""
-    given = settings.optimizer.warmup_steps
-    return total * 5 // 100 if given is None else given
-
-
 def check_warmup(settings: Settings, sources: Sources, total: int) -> None:
     """Refuse a warmup that is not over before training is.
 
@@ -140,42 +124,6 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def model_config(settings: Settings, vocab_size: int) -> ModelConfig:
-    """Return the architecture the settings start with, for a tokenizer of `vocab_size` ids."""
-    model = settings.model
-    multiple = model.vocab_multiple
-    return ModelConfig(
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        head_dim=model.d_model // model.n_heads,
-        d_ff=model.d_ff or _default_d_ff(model.d_model, model.activation),
-        vocab_size=-(-vocab_size // multiple) * multiple,
-        seq_len=settings.data.seq_len,
-        dropout=model.dropout,
-        positions=model.positions,
-        norm=model.norm,
-        activation=model.activation,
-        tied_head=model.tied_head,
-        biases=model.biases,
-        init_std=model.init_std,
-        scan_layers=model.scan_layers,
-        dtype=model.dtype,
-        remat=model.remat,
-        attention=model.attention,
-        loss_chunk=model.loss_chunk,
-        attn_lora_rank=0,
-        vocab_lora_rank=0,
-        lora_base="frozen",
-    )
-
-
-def known_vocab_size(settings: Settings) -> int | None:
-    """Return the tokenizer's vocabulary size, None where only the corpus or a file tells."""
-    sizes = {"byte": 256, "bpe": settings.data.bpe_vocab_size, "gpt2": 50257}
-    return sizes.get(settings.data.tokenizer)
-
-
 def check(settings: Settings, sources: Sources) -> None:
     """Check every setting by itself, then together.
 
@@ -184,14 +132,10 @@ def check(settings: Settings, sources: Sources) -> None:
     """
     for name, value in values_of(settings).items():
         _check_range(name, value, sources)
-    _check_model(settings, sources)
+    start = _checked_start(settings, sources)
+    _check_model(settings, start, sources)
     _check_optimizer(settings, sources)
     _check_files(settings, sources)
-
-
-def _default_d_ff(d_model: int, activation: str) -> int:
-    # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameter count.
-    return 4 * d_model if activation == "gelu" else -(-8 * d_model // 3 // 8) * 8
 
 
 def _check_range(name: str, value: Any, sources: Sources) -> None:
@@ -202,8 +146,16 @@ def _check_range(name: str, value: Any, sources: Sources) -> None:
         raise sources.error(name, value, f"a number {limits}")
 
 
-def _check_model(settings: Settings, sources: Sources) -> None:
-    model, data = settings.model, settings.data
+def _checked_start(settings: Settings, sources: Sources) -> RunShape:
+    """Return what the run starts with, as far as it is known before the corpus is read."""
+    try:
+        return start_shape(settings, None, total_steps(settings, None))
+    except OperationError as error:
+        raise sources.error(error.field, error.got, error.expected) from None
+
+
+def _check_model(settings: Settings, start: RunShape, sources: Sources) -> None:
+    model = settings.model
     if model.d_model % model.n_heads:
         raise sources.error("n_heads", model.n_heads, f"a divisor of d_model ({model.d_model})")
     if model.positions == "rotary" and model.d_model // model.n_heads % 2:
@@ -218,9 +170,9 @@ def _check_model(settings: Settings, sources: Sources) -> None:
     except ValueError as error:
         raise sources.error("mesh", settings.scale.mesh, str(error)) from None
     parts = mesh["data"] * mesh["fsdp"]
-    if data.batch_size % parts:
+    if start.batch_size % parts:
         raise sources.error(
-            "batch_size", data.batch_size, f"a multiple of the mesh's data × fsdp ({parts})"
+            "batch_size", start.batch_size, f"a multiple of the mesh's data × fsdp ({parts})"
         )
 
 
@@ -249,6 +201,16 @@ def _check_files(settings: Settings, sources: Sources) -> None:
             "tokenizer",
             tokenizer,
             f"{', '.join(TOKENIZER_KINDS)} or an existing tokenizer.json{near}",
+        )
+    for name in ("scaling_schedule_file", "simulate_loss"):
+        file = getattr(settings.growth, name)
+        if file is not None and not Path(file).is_file():
+            raise sources.error(name, file, "an existing file")
+    if settings.growth.simulate_loss and not settings.run.dry_run:
+        raise sources.error("simulate_loss", settings.growth.simulate_loss, "dry_run with it")
+    if settings.growth.simulate_loss and not settings.growth.scaling_schedule_file:
+        raise sources.error(
+            "simulate_loss", settings.growth.simulate_loss, "a scaling_schedule_file to simulate"
         )
     assert settings.run.run_dir is not None
     if Path(settings.run.run_dir).exists() and not Path(settings.run.run_dir).is_dir():
@@ -345,7 +307,8 @@ def _with_values(settings: Settings, values: dict[str, Any]) -> Settings:
 
 def _resolved_paths(settings: Settings, sources: Sources, config: Path | None) -> dict[str, Any]:
     """Return the settings that are paths, absolute: a file's against that file, a flag's against ."""
-    keywords = {"data": ("stdlib",), "tokenizer": TOKENIZER_KINDS, "run_dir": (), "cache_dir": ()}
+    plain = ("run_dir", "cache_dir", "scaling_schedule_file", "simulate_loss")
+    keywords = {"data": ("stdlib",), "tokenizer": TOKENIZER_KINDS} | dict.fromkeys(plain, ())
     values = values_of(settings)
     if values["run_dir"] is None:
         values["run_dir"] = str(Path("runs", config.stem if config else "train"))

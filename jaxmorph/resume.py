@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxmorph.blocks import Gates, Params
 from jaxmorph.checkpoint import Checkpoints
 from jaxmorph.config import ModelConfig
 from jaxmorph.errors import InputError
+from jaxmorph.scaling_schedule import Entry, entry_sha256
 from jaxmorph.state import TrainState, from_leaves, leaves_by_path
 
 # What cannot change what has happened. Corpus and tokenizer are held to by the corpus's digest.
@@ -41,6 +42,10 @@ CHANGEABLE = frozenset(
         "cache_dir",
         "mesh",
         "allow_warmup_past_end",
+        "scaling_schedule_file",  # its entries are compared by themselves, see `check_schedule`
+        "allow_schedule_change",
+        "precompile",
+        "simulate_loss",
     ]
 )
 
@@ -51,19 +56,23 @@ class Position:
 
     Args:
       step: optimizer steps taken.
-      stage: architectures left behind.
-      examples: sequences read from the training stream.
+      examples: sequences read from the training stream of the present context length.
       tokens: tokens trained on.
       flops: floating-point operations spent on training.
       val_loss: newest validation loss; None before the first, or where it was not finite.
+      next_operation: how many entries of the schedule have fired.
+      last_operation_step: the step at which the last one did; 0 before the first.
+      pending: what set off an operation that then could not be done; a resumed run tries it first.
     """
 
     step: int = 0
-    stage: int = 0
     examples: int = 0
     tokens: int = 0
     flops: int = 0
     val_loss: float | None = None
+    next_operation: int = 0
+    last_operation_step: int = 0
+    pending: Literal["loss", "timeout"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +83,7 @@ class CheckpointRecord:
     model: ModelConfig
     settings: dict[str, Any]
     corpus_sha256: str
+    schedule: list[dict[str, str]]  # name and sha256 of every entry, see `schedule_record`
 
     def to_meta(self) -> dict[str, Any]:
         """Return the record as JSON can hold it."""
@@ -87,7 +97,47 @@ class CheckpointRecord:
             ModelConfig(**meta["model"]),
             dict(meta["settings"]),
             meta["corpus_sha256"],
+            list(meta["schedule"]),
         )
+
+
+def schedule_record(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Return what a checkpoint says of a schedule: the name and a digest of every entry."""
+    return [{"name": entry.name, "sha256": entry_sha256(entry)} for entry in entries]
+
+
+def check_schedule(
+    record: CheckpointRecord, entries: Sequence[Entry], file: str, allow_change: bool
+) -> list[str]:
+    """Return which entries differ from those the run knew, in words.
+
+    Args:
+      record: the checkpoint's.
+      entries: the schedule now.
+      file: where it stands, for messages.
+      allow_change: whether entries that have not fired may differ.
+
+    Raises:
+      InputError: an entry that has fired was edited or is gone, or another one without permission.
+    """
+    now, fired, changes = schedule_record(entries), record.position.next_operation, []
+    for number in range(1, max(len(now), len(record.schedule)) + 1):
+        was, now_is = (rows[number - 1 : number] for rows in (record.schedule, now))
+        if was == now_is:
+            continue
+        before, after = (rows[0]["name"] if rows else "none" for rows in (was, now_is))
+        place = f"entry {number} ({before if was else after})"
+        what = "edited" if before == after else f"{before} -> {after}"
+        if number <= fired:
+            expected = "the entry as it was, since it has fired; or another --run_dir"
+            raise InputError(file, place, what, expected)
+        if not allow_change:
+            expected = (
+                "the schedule the run began with; --allow_schedule_change permits other entries"
+            )
+            raise InputError(file, place, what, f"{expected} from {fired + 1} on")
+        changes.append(f"scaling_schedule_file: {place}: {what}")
+    return changes
 
 
 def check_unchanged(

@@ -115,6 +115,28 @@ def scaled_size(noun: str, size: int, factor: float, least: int, most: int) -> i
     raise OperationError(factor, f"{wanted}; {works}" if works else wanted)
 
 
+def divided(noun: str, size: int, divisor: float, field: str) -> int:
+    """Return size / divisor, the size an axis starts with.
+
+    Args:
+      noun: what the size is of, for the message.
+      size: what is divided.
+      divisor: by what; the decimal that was written counts, as in `whole_product`.
+      field: the divisor's own name.
+
+    Raises:
+      OperationError: the quotient is not whole; names the nearest divisors that work.
+    """
+    exact = size / divisor
+    quotient = round(exact) if exact <= LARGEST_COUNT else 0
+    if size == 0 or (quotient and (quotient * divisor == size or size / quotient == divisor)):
+        return quotient
+    near = {min(max(n, 1), LARGEST_COUNT) for n in (int(min(exact, LARGEST_COUNT)), quotient + 1)}
+    works = ", ".join(f"{repeatable(size / n)} gives {n}" for n in sorted(near))
+    wanted = f"a divisor that gives a whole {noun} ({size} / {divisor:g} = {exact:g}); {works}"
+    raise OperationError(divisor, wanted, field)
+
+
 def scaled_count(count: int, factor: float) -> int:
     """Return count × factor rounded down, at least 1.
 

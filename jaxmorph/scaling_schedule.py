@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxmorph.config import ModelConfig, Settings, Within
+from jaxmorph.config import Within
 from jaxmorph.errors import InputError, nearest
 from jaxmorph.json_file import read_json
 from jaxmorph.operations import OPERATIONS, Operation
-from jaxmorph.resolve import warmup_steps
 from jaxmorph.run_shape import (
     LARGEST_COUNT,
     OperationError,
@@ -108,36 +107,6 @@ def due(
     if trigger is not None and loss < trigger:
         return "loss"
     return "timeout" if wait is not None and step - last_operation_step >= wait else None
-
-
-def start_shape(
-    settings: Settings,
-    model: ModelConfig,
-    *,
-    total_steps: int,
-    lr_multiplier: float,
-    lora_alpha: float,
-) -> RunShape:
-    """Return the shape a run starts with.
-
-    Args:
-      settings: the checked settings.
-      model: the architecture at the start.
-      total_steps: the steps of the run, for the warmup that is a part of them.
-      lr_multiplier: what multiplies the learning rate at the start.
-      lora_alpha: LoRA's alpha at the start.
-    """
-    return RunShape(
-        model=model,
-        batch_size=settings.data.batch_size,
-        grad_accum_steps=settings.data.grad_accum_steps,
-        eval_iters=settings.run.eval_iters,
-        eval_interval=settings.run.eval_interval,
-        warmup_steps=warmup_steps(settings, total_steps),
-        learning_rate=settings.optimizer.learning_rate,
-        lr_multiplier=lr_multiplier,
-        lora_alpha=lora_alpha,
-    )
 
 
 def load_schedule(path: Path) -> tuple[Entry, ...]:

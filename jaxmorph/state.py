@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,18 @@ class Knobs:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Fading:
+    """Layers whose gates open slowly: from 0 at step `start` to 1 after `steps` more, each [L] int32.
+
+    0 steps: the gate stays as it is.
+    """
+
+    start: jax.Array
+    steps: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """What a training step maps to its successor, and what a checkpoint holds."""
 
@@ -37,6 +50,7 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     gates: Gates
+    fading: Fading
     knobs: Knobs
     plateau: Any  # optax's ReduceLROnPlateauState; its `scale` multiplies the learning rate
     skipped: jax.Array  # int32, updates skipped because loss or gradient was not finite
@@ -56,14 +70,16 @@ def new_state(
     rng = jax.random.key(settings.run.seed)
     params = model.init(config, jax.random.fold_in(rng, 0))
     dtype = parameter_dtype(config)
-    zero = jnp.zeros((), jnp.int32)
+    zero, no_layer = jnp.zeros((), jnp.int32), jnp.zeros(config.n_layers, jnp.int32)
+    alpha = settings.model.lora_alpha * settings.growth.lora_alpha_multiplier
     return TrainState(
         step=zero,
         params=params,
         opt_state=optimizer.init(params),
-        gates=model.open_gates(config),
+        gates=model.open_gates(config) | {"lora_alpha": jnp.asarray(alpha, dtype)},
+        fading=Fading(start=no_layer, steps=no_layer),
         knobs=Knobs(
-            lr_multiplier=jnp.ones((), dtype),
+            lr_multiplier=jnp.asarray(settings.growth.lr_multiplier, dtype),
             schedule_start=zero,
             warmup_steps=jnp.asarray(warmup_steps, jnp.int32),
             total_steps=jnp.asarray(total_steps, jnp.int32),
@@ -73,6 +89,15 @@ def new_state(
         skipped_in_a_row=zero,
         rng=jax.random.key_data(jax.random.fold_in(rng, 1)),
     )
+
+
+def opened(state: TrainState) -> TrainState:
+    """Return the state with the gates of layers that fade in as its step has them."""
+    fading, layer = state.fading, state.gates["layer"]
+    passed = (state.step - fading.start).astype(layer.dtype)
+    part = jnp.clip(passed / jnp.maximum(fading.steps, 1).astype(layer.dtype), 0, 1)
+    gates = state.gates | {"layer": jnp.where(fading.steps > 0, part, layer)}
+    return dataclasses.replace(state, gates=gates)
 
 
 def leaves_by_path(state: Any) -> dict[str, Any]:

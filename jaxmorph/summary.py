@@ -4,38 +4,37 @@ from __future__ import annotations
 
 from jaxmorph.architecture import flops_per_token, parameter_count, scans_layers
 from jaxmorph.config import ModelConfig, Settings
+from jaxmorph.dry_run import memory
 from jaxmorph.figures import short, short_flops
-from jaxmorph.resolve import total_steps, warmup_steps
+from jaxmorph.run_shape import RunShape
 from jaxmorph.schedules import schedule_block, schedule_shape
-
-_OPTIMIZER_LEAVES = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 1, "adafactor": 0}
 
 
 def describe(
     settings: Settings,
-    config: ModelConfig | None,
+    start: RunShape,
     *,
+    total: int | None,
     corpus: str | None = None,
-    examples_per_epoch: int | None = None,
 ) -> str:
     """Return the start-up block: data, model, batch, optimizer and learning rate.
 
     Args:
       settings: the checked settings.
-      config: the architecture; None where the vocabulary is not known before the corpus is read.
+      start: what the run starts with; a vocabulary of 0 is one not known before the corpus is read.
+      total: steps of the run; None where only the corpus tells.
       corpus: one line on what was read; None before that.
-      examples_per_epoch: windows in the training split, where epochs have to become steps.
     """
-    total = total_steps(settings, examples_per_epoch)
     lines = [f"Run folder: {settings.run.run_dir}", f"Data: {corpus or _data(settings)}"]
-    lines += _model(settings, config)
-    lines.append(_batch(settings, total))
+    lines += _model(settings, start.model)
+    lines += _lora(start)
+    lines.append(_batch(start, total))
     lines.append(_optimizer(settings))
     if total is None:
         lines.append("Learning rate schedule: known once the corpus is read (num_epochs)")
     else:
-        shape, peak = schedule_shape(settings.optimizer), settings.optimizer.learning_rate
-        lines.append(schedule_block(shape, peak, warmup_steps(settings, total), total))
+        shape, peak = schedule_shape(settings.optimizer), start.learning_rate * start.lr_multiplier
+        lines.append(schedule_block(shape, peak, start.warmup_steps, total))
     return "\n".join(lines)
 
 
@@ -43,14 +42,11 @@ def _data(settings: Settings) -> str:
     return f"{settings.data.data}, {settings.data.tokenizer} tokenizer"
 
 
-def _model(settings: Settings, config: ModelConfig | None) -> list[str]:
-    if config is None:
-        model = settings.model
-        shape = f"{model.n_layers} layers × {model.d_model}, {model.n_heads} heads"
+def _model(settings: Settings, config: ModelConfig) -> list[str]:
+    if not config.vocab_size:
+        shape = f"{config.n_layers} layers × {config.d_model}, {config.n_heads} heads"
         return [f"Model: {shape} (parameters: known once the corpus gives the vocabulary)"]
-    parameters = parameter_count(config)
-    width = 8 if config.dtype == "float64" else 4
-    held = parameters * width * (2 + _OPTIMIZER_LEAVES[settings.optimizer.optimizer])
+    parameters, held = parameter_count(config), memory(config, settings.optimizer).total
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[config.norm]
     activation = {"gelu": "GELU", "swiglu": "SwiGLU"}[config.activation]
     head = "tied" if config.tied_head else "untied"
@@ -66,12 +62,19 @@ def _model(settings: Settings, config: ModelConfig | None) -> list[str]:
     ]
 
 
-def _batch(settings: Settings, total: int | None) -> str:
-    data = settings.data
-    tokens = data.batch_size * data.grad_accum_steps * data.seq_len
-    text = f"Batch: {data.batch_size} × {data.seq_len} tokens"
-    if data.grad_accum_steps > 1:
-        text += f" × {data.grad_accum_steps} accumulated"
+def _lora(start: RunShape) -> list[str]:
+    ranks = {"attention": start.model.attn_lora_rank, "embedding": start.model.vocab_lora_rank}
+    if not any(ranks.values()):
+        return []
+    given = ", ".join(f"rank {rank} on the {name}" for name, rank in ranks.items() if rank)
+    return [f"LoRA: {given}, alpha {start.lora_alpha:g}, base {start.model.lora_base}"]
+
+
+def _batch(start: RunShape, total: int | None) -> str:
+    tokens = start.batch_size * start.grad_accum_steps * start.model.seq_len
+    text = f"Batch: {start.batch_size} × {start.model.seq_len} tokens"
+    if start.grad_accum_steps > 1:
+        text += f" × {start.grad_accum_steps} accumulated"
     text += f" = {tokens:,} tokens per step"
     return text if total is None else f"{text}; {total:,} steps, {short(total * tokens)} tokens"
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxmorph.command_line import run_door
+from jaxmorph.config import Settings
+from jaxmorph.dry_run import read_curve, simulate, simulation_report, walk_report
 from jaxmorph.host_memory import keep_freed_memory
-from jaxmorph.resolve import known_vocab_size, model_config, resolve
+from jaxmorph.operations import describe_operations
+from jaxmorph.plan import Plan, make_plan
+from jaxmorph.resolve import parse_mesh, resolve
+from jaxmorph.starting import known_vocab_size, total_steps
 from jaxmorph.summary import describe
 
 
@@ -17,16 +23,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
+    if any(word.replace("-", "_") == "__help_operations" for word in argv):
+        print(describe_operations())
+        return 0
     settings, sources = resolve(argv)
+    vocab_size, total = known_vocab_size(settings), total_steps(settings, None)
+    mesh = parse_mesh(settings.scale.mesh)
+    plan = make_plan(settings, mesh, vocab_size=vocab_size, total=total)
     if settings.run.dry_run:
-        vocab_size = known_vocab_size(settings)
-        config = None if vocab_size is None else model_config(settings, vocab_size)
-        print(describe(settings, config))
+        print(_dry_run(settings, plan, total))
         return 0
     keep_freed_memory()
     from jaxmorph.loop import train  # JAX is imported only once the settings are known to be good
 
     return train(settings, sources)
+
+
+def _dry_run(settings: Settings, plan: Plan, total: int | None) -> str:
+    parts = [describe(settings, plan.start, total=total)]
+    parts += [f"warning: {warning}" for warning in plan.stages[0].warnings]
+    if plan.entries:
+        parts.append(walk_report(plan.stages, settings.optimizer))
+    if settings.growth.simulate_loss:
+        curve = read_curve(Path(settings.growth.simulate_loss))
+        end = curve[-1][0] if total is None else total
+        firings = simulate(plan.entries, curve, end)
+        parts.append(simulation_report(plan.entries, firings, end))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxmorph.config import ModelConfig
-from jaxmorph.resolve import model_config, resolve
+from jaxmorph.resolve import resolve
+from jaxmorph.starting import model_config
 
 VARIANTS = {
     "gpt2": {},

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from jaxmorph.operations import OPERATIONS, describe_operations
-from jaxmorph.resolve import model_config, resolve
+from jaxmorph.resolve import resolve
 from jaxmorph.run_shape import OperationError, RunShape, scaled_count, whole_product
+from jaxmorph.starting import model_config
 
 DOCUMENTED = [
     "change_lr",

@@ -13,10 +13,9 @@ from jaxmorph.resolve import (
     parse_mesh,
     resolve,
     to_yaml,
-    total_steps,
     values_of,
-    warmup_steps,
 )
+from jaxmorph.starting import total_steps, warmup_steps
 from jaxmorph.train import main
 
 # what is wrong: (YAML text or flags, the words the message must hold)
@@ -38,7 +37,7 @@ MALFORMED_FILES = {
     "infinity": ("learning_rate: .inf", ["learning_rate", "inf", "a finite number"]),
     "overflow": ("learning_rate: 1e999", ["learning_rate", "inf", "a finite number"]),
     "negative": ("learning_rate: -1e-3", ["learning_rate", "-0.001", "> 0"]),
-    "zero layers": ("n_layers: 0", ["n_layers", "0", "≥ 1"]),
+    "layers below zero": ("n_layers: -1", ["n_layers", "-1", "≥ 0"]),
     "too large": ("max_steps: 99999999999", ["max_steps", "99999999999", "≤"]),
     "dropout of one": ("dropout: 1.0", ["dropout", "1.0", "< 1"]),
     "beta above one": ("beta2: 1.5", ["beta2", "1.5", "< 1"]),
@@ -81,13 +80,31 @@ MALFORMED_FILES = {
 MALFORMED_FLAGS = {
     "unknown": (["--n_layer", "4"], ["--n_layer", "did you mean '--n_layers'"]),
     "wrong type": (["--n_layers", "four"], ["--n_layers", "four"]),
-    "range": (["--n-layers", "0"], ["--n_layers", "0", "≥ 1"]),
+    "range": (["--n-heads", "0"], ["--n_heads", "0", "≥ 1"]),
     "no value": (["--n_layers"], ["--n_layers", "value"]),
     "stray word": (["4"], ["'4'"]),
     "not a number": (["--learning_rate", "nan"], ["--learning_rate", "nan", "finite"]),
     "missing file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "readable file"]),
     "folder as file": (["--config", "."], ["readable file"]),
-    "reserved": (["--scaling_schedule_file", "x.json"], ["--scaling_schedule_file", "known flag"]),
+    "reserved": (["--enable_head_lr"], ["--enable_head_lr", "known flag"]),
+    "schedule": (["--scaling_schedule_file", "x.json"], ["--scaling_schedule_file", "existing file"]),
+    "start divisor": (
+        ["--n_layers", "6", "--n_layer_divisor", "4"],
+        ["--n_layer_divisor", "4.0", "6 / 4 = 1.5", "3 gives 2", "6 gives 1"],
+    ),
+    "rank divisor": (
+        ["--d_model", "96", "--n_heads", "4", "--attn_lora_rank_divisor", "5"],
+        ["--attn_lora_rank_divisor", "5.0", "96 / 5 = 19.2"],
+    ),
+    "rank above the width": (
+        ["--vocab_lora_rank_divisor", "0.5"],
+        ["--vocab_lora_rank_divisor", "0.5", "at most d_model (384)"],
+    ),
+    "start multiplier": (
+        ["--batch_size_multiplier", "1e9"],
+        ["--batch_size_multiplier", "at most 2147483647"],
+    ),
+    "curve without a dry run": (["--simulate_loss", __file__], ["--simulate_loss", "dry_run"]),
     "file as folder": (["--run_dir", __file__], ["--run_dir", "folder"]),
 }
 
@@ -191,7 +208,7 @@ def test_help_and_refusals_import_no_jax():
 import resource, sys
 from jaxmorph.train import main
 assert main(["--help"]) == 0
-assert main(["--n_layers", "0"]) == 2
+assert main(["--n_layers", "-1"]) == 2
 assert main(["--dry_run"]) == 0
 heavy = {"jax", "flax", "optax", "orbax", "grain", "matplotlib", "torch"} & set(sys.modules)
 assert not heavy, heavy

@@ -1,6 +1,5 @@
 """Schedule files: what is refused and how, the walk over shapes, the triggers, and the digests."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from test_operations import make_shape
 
 from jaxmorph.errors import InputError
 from jaxmorph.operations import OPERATIONS
-from jaxmorph.resolve import model_config, parse_mesh, resolve
+from jaxmorph.resolve import parse_mesh, resolve
 from jaxmorph.scaling_schedule import (
     Entry,
     due,
@@ -23,9 +22,9 @@ from jaxmorph.scaling_schedule import (
     load_schedule,
     schedule_json,
     schedule_sha256,
-    start_shape,
     walk,
 )
+from jaxmorph.starting import start_shape
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GOOD = {
@@ -534,10 +533,8 @@ def test_provided_schedule_walks_from_its_config(name):
     config, flags, (attention, vocabulary), end = PROVIDED[name]
     # The corpora the configs name need not be there.
     settings, _ = resolve(["--config", str(CONFIGS / config), "--data", "stdlib", *flags])
-    model = dataclasses.replace(
-        model_config(settings, 256), attn_lora_rank=attention, vocab_lora_rank=vocabulary
-    )
-    start = start_shape(settings, model, total_steps=10_000, lr_multiplier=1.0, lora_alpha=2.0)
+    start = start_shape(settings, 256, 10_000)
+    start = start.with_model(attn_lora_rank=attention, vocab_lora_rank=vocabulary)
     loaded = load_schedule(CONFIGS / "schedules" / name)
     stages = walk(loaded, start, ONE, name, 10_000)
     last = stages[-1].shape.model

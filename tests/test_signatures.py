@@ -13,7 +13,7 @@ from jaxmorph.architecture import (
     lora_adapters,
     parameter_count,
 )
-from jaxmorph.resolve import model_config, resolve
+from jaxmorph.resolve import resolve
 from jaxmorph.signatures import (
     Arrow,
     Role,
@@ -23,6 +23,7 @@ from jaxmorph.signatures import (
     parse_signature,
     parse_table,
 )
+from jaxmorph.starting import model_config
 
 
 @pytest.mark.parametrize(

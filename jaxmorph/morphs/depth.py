@@ -24,7 +24,7 @@ from jaxmorph.morphs.moments import Kind
 from jaxmorph.morphs.stage import morph_gpt
 from jaxmorph.morphs.transport import Report, Signatures, axis_size, transport
 from jaxmorph.run_shape import LARGEST_COUNT, OperationError, scaled_size
-from jaxmorph.state import TrainState
+from jaxmorph.state import Fading, TrainState
 
 RECIPES = ("copy", "identity", "masked")
 BLOCKS = ("copied", "fresh")
@@ -94,6 +94,7 @@ def stack_layers(
     order: str = "stack",
     recipe: str = "copy",
     blocks: str = "copied",
+    anneal_steps: int = 500,
     moments: str = "provenance",
     fresh_nu: float = 1.0,
 ) -> tuple[ModelConfig, TrainState, Report]:
@@ -107,8 +108,9 @@ def stack_layers(
       key: PRNG key.
       order: where the new layers go; see `axis_map.repeat`.
       recipe: `copy`: as they are, which changes the function; `identity`: what they add to the residual
-        stream is zero; `masked`: their gates are zero, for the caller to open.
+        stream is zero; `masked`: their gates are zero, and open while training goes on.
       blocks: whether the new layers are copied or fresh.
+      anneal_steps: of `masked`: steps until the gates are open; 0: they stay as they are.
       moments: see `transport`.
       fresh_nu: see `transport`.
 
@@ -128,7 +130,7 @@ def stack_layers(
         config, state, optimizer, [change], key=key, moments=moments, fresh_nu=fresh_nu
     )
     if recipe == "masked":
-        state = dataclasses.replace(state, gates=_closed(state.gates, change))
+        state = _faded_in(state, change, anneal_steps)
     return config, state, report
 
 
@@ -140,7 +142,13 @@ def _layers_after(layers: int, value: float) -> int:
     return int(value)
 
 
-def _closed(gates: dict[str, jax.Array], change: AxisMap) -> dict[str, jax.Array]:
-    """Return the gates with those of new layers at zero."""
+def _faded_in(state: TrainState, change: AxisMap, steps: int) -> TrainState:
+    """Return the state with the gates of new layers at zero, to open from this step on."""
     is_old = jnp.asarray(~(change.is_copy | change.is_fresh))
-    return {**gates, "layer": jnp.where(is_old, gates["layer"], jnp.zeros_like(gates["layer"]))}
+
+    def of_new(old: jax.Array, new: jax.Array | int) -> jax.Array:
+        return jnp.where(is_old, old, jnp.asarray(new, old.dtype))
+
+    gates = {**state.gates, "layer": of_new(state.gates["layer"], 0)}
+    fading = Fading(of_new(state.fading.start, state.step), of_new(state.fading.steps, steps))
+    return dataclasses.replace(state, gates=gates, fading=fading)

@@ -15,7 +15,7 @@ from jaxmorph.blocks import Gates
 from jaxmorph.config import ModelConfig
 from jaxmorph.morphs.axis_map import AxisMap
 from jaxmorph.morphs.transport import Report, transport
-from jaxmorph.state import TrainState
+from jaxmorph.state import Fading, TrainState
 
 _GATE_AXES = {"layer": ("layer",), "head": ("layer", "head"), "lora_alpha": ()}
 
@@ -56,8 +56,14 @@ def morph_gpt(
         moments=moments,
         fresh_nu=fresh_nu,
     )
-    gates = _moved_gates(state.gates, maps)
-    return dataclasses.replace(state, params=params, opt_state=opt_state, gates=gates), report
+    state = dataclasses.replace(
+        state,
+        params=params,
+        opt_state=opt_state,
+        gates=_moved_gates(state.gates, maps),
+        fading=_moved_fading(state.fading, maps),
+    )
+    return state, report
 
 
 def _moved_gates(gates: Gates, maps: Sequence[AxisMap]) -> Gates:
@@ -66,9 +72,20 @@ def _moved_gates(gates: Gates, maps: Sequence[AxisMap]) -> Gates:
         for name, axes in _GATE_AXES.items():
             if change.axis not in axes:
                 continue
-            # One more entry, an open gate, at the end: what FRESH, -1, picks.
-            gate, at = moved[name], axes.index(change.axis)
-            padding = [(0, int(dimension == at)) for dimension in range(gate.ndim)]
-            padded = jnp.pad(gate, padding, constant_values=1)
-            moved[name] = jnp.take(padded, change.source % (change.old + 1), axis=at)
+            moved[name] = _taken(moved[name], change, axes.index(change.axis), fresh=1)
     return moved
+
+
+def _moved_fading(fading: Fading, maps: Sequence[AxisMap]) -> Fading:
+    for change in maps:
+        if change.axis == "layer":
+            fading = jax.tree.map(lambda leaf, c=change: _taken(leaf, c, 0, fresh=0), fading)
+    return fading
+
+
+def _taken(leaf: jax.Array, change: AxisMap, axis: int, fresh: int) -> jax.Array:
+    """Return a leaf with the entries that a map takes from it along an axis; fresh ones are given."""
+    # One more entry at the end: what FRESH, -1, picks.
+    padding = [(0, int(dimension == axis)) for dimension in range(leaf.ndim)]
+    padded = jnp.pad(leaf, padding, constant_values=fresh)
+    return jnp.take(padded, change.source % (change.old + 1), axis=axis)
