@@ -168,13 +168,14 @@ def test_door_passes_on_a_status_and_other_errors():
         run_door(lambda: 1 // 0)
 
 
-def into_a_pipe_without_a_reader(argv, both=False):
+def into_a_pipe_without_a_reader(argv, both=False, unbuffered=""):
     reader, writer = os.pipe()
     os.close(reader)
     try:
         return subprocess.run(
             [sys.executable, *argv],
             cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             stdout=writer,
             stderr=writer if both else subprocess.PIPE,
             text=True,
@@ -186,6 +187,7 @@ def into_a_pipe_without_a_reader(argv, both=False):
 WRITES = "import sys; from jaxmorph.command_line import run_door; sys.exit(run_door({}))"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "argv",
     [
@@ -195,8 +197,8 @@ WRITES = "import sys; from jaxmorph.command_line import run_door; sys.exit(run_d
         ["-c", WRITES.format("lambda: print('more than a buffer ' * 10_000, flush=True)")],
     ],
 )
-def test_door_ends_in_silence_when_its_reader_has_left(argv):
-    done = into_a_pipe_without_a_reader(argv)
+def test_door_ends_in_silence_when_its_reader_has_left(argv, unbuffered):
+    done = into_a_pipe_without_a_reader(argv, unbuffered=unbuffered)
     assert (done.returncode, done.stderr) == (141, "")
 
 

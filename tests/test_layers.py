@@ -9,8 +9,8 @@ LAYERS = {
     "run_shape operations scaling_schedule",
     "parts": "precision attention blocks lora model optimizer tokenization corpora data sharding",
     "state": "faults run_folder array_files manifest checkpoint state resume",
-    "loop": "host_memory stopping progress run_record figures report metrics summary dry_run programs"
-    " sampling loop",
+    "loop": "host_memory stopping progress run_record figures timeline report metrics summary dry_run"
+    " programs sampling loop",
     "doors": "train evaluate plot",
 }
 ORDER = [module for modules in LAYERS.values() for module in modules.split()]
