@@ -35,6 +35,7 @@ _SETTINGS = {
     "grad_accum_steps": ("forward passes\nper update", ("change_grad_accum", "set_grad_accum")),
 }
 _PANEL_HEIGHT, _NAMES_HEIGHT = 0.85, 1.7  # inches
+_PANEL_POINTS, _LETTER_POINTS = 50, 9  # heights of a panel and of a level's text
 _NAMED_OPERATIONS = 40  # more do not fit side by side above a wide panel
 
 
@@ -133,17 +134,28 @@ def _draw(axes: Axes, panel: _Panel, colour: str) -> None:
 
 
 def _write_levels(axes: Axes, panel: _Panel) -> None:
-    """Write each level where it begins: above it, or before the step where it is soon over."""
+    """Write each level where it begins: above it, or before the step where it is soon over.
+
+    What would cover another is left out, but for the last.
+    """
     steps, levels = panel.steps.tolist(), panel.levels.tolist()
-    begins = [
-        index for index in range(len(steps) - 1) if index == 0 or levels[index] != levels[index - 1]
-    ]
+    begins = [i for i in range(len(steps) - 1) if i == 0 or levels[i] != levels[i - 1]]
     places = points_along(axes, [steps[index] for index in begins] + steps[-1:])
-    for index, place, end in zip(begins, places, places[1:], strict=False):
+    taken: list[tuple[float, float, float]] = []  # from, to, height, all in points
+    for index, place, end in reversed(list(zip(begins, places, places[1:], strict=False))):
         text = short(levels[index]) if panel.label == "parameters" else f"{levels[index]:,.0f}"
-        if end == place:  # another operation at this step changed it again
+        width = 8 + 5 * len(text)
+        before = steps[index] > 0 and end - place < width
+        left = place - width if before else place
+        height = levels[index] / axes.get_ylim()[1] * _PANEL_POINTS
+        covers = any(
+            left < right and start < left + width and abs(height - other) < _LETTER_POINTS
+            for start, right, other in taken
+        )
+        passed = end == place and index != begins[-1]  # changed again at the same step
+        if covers or passed:
             continue
-        before = index > 0 and end - place < 8 + 5 * len(text)
+        taken.append((left, left + width, height))
         axes.annotate(
             text,
             (steps[index], levels[index]),

@@ -389,23 +389,43 @@ def test_timeline_draws_every_size_that_changed_with_its_levels(tmp_path):
     layers = [[0, 4], [100, 8], [200, 8], [200, 8], [300, 8]]
     parameters = [[x, 1000 * y] for x, y in layers]
     assert panels_of(figure) == {
-        "layers": (layers, ["4", "8", *named]),
-        "MLP width": ([[0, 512], [100, 512], [200, 768], [200, 768], [300, 768]], ["512", "768"]),
-        "attention LoRA rank": ([[0, 4], [100, 4], [200, 4], [200, 8], [300, 8]], ["4", "8"]),
-        "parameters": (parameters, ["4k", "8k"]),
-        "batch size": ([[0, 16], [145, 32], [300, 32]], ["16", "32"]),
+        "layers": (layers, ["8", "4", *named]),
+        "MLP width": ([[0, 512], [100, 512], [200, 768], [200, 768], [300, 768]], ["768", "512"]),
+        "attention LoRA rank": ([[0, 4], [100, 4], [200, 4], [200, 8], [300, 8]], ["8", "4"]),
+        "parameters": (parameters, ["8k", "4k"]),
+        "batch size": ([[0, 16], [145, 32], [300, 32]], ["32", "16"]),
     }
     for axes in figure.axes:
         assert all(tick == round(tick) for tick in axes.get_yticks())
 
 
-def test_timeline_of_two_changes_at_one_step_names_the_last(tmp_path):
-    deeper = DEEP | {"n_layers": 16}
-    run = grown_run(tmp_path, [MORPHS[0], morph("stack_layers", 2, 100, DEEP, deeper)])
-    figure = architecture_figure(run)
+@pytest.mark.parametrize("step", [0, 100, 300])
+def test_timeline_of_two_changes_at_one_step_names_the_last(tmp_path, step):
+    twice = [MORPHS[0], morph("stack_layers", 2, step, DEEP, DEEP | {"n_layers": 16})]
+    twice[0] = twice[0] | {"step": step}
+    figure = architecture_figure(grown_run(tmp_path, twice))
     assert figure is not None
-    assert drawn_lines(figure.axes[0])[0].tolist() == [[0, 4], [100, 8], [100, 16], [300, 16]]
-    assert [text.get_text() for text in figure.axes[0].texts][:2] == ["4", "16"]
+    assert drawn_lines(figure.axes[0])[0].tolist() == [[0, 4], [step, 8], [step, 16], [300, 16]]
+    written = [text.get_text() for text in figure.axes[0].texts if text.get_rotation() == 0]
+    assert written == (["16", "4"] if step else ["16"])
+
+
+def test_levels_of_a_crowded_timeline_do_not_cover_one_another(tmp_path):
+    models = [SMALL | {"n_layers": 100 + n} for n in range(40)]
+    steps = [0, *range(7, 280, 7)]
+    crowd = [
+        morph("stack_layers", 1.01, step, *around)
+        for step, around in zip(steps, itertools.pairwise(models), strict=False)
+    ]
+    figure = architecture_figure(grown_run(tmp_path, crowd))
+    assert figure is not None
+    rendered(figure, "png")
+    for axes, last in zip(figure.axes[:2], ("139", "139k"), strict=True):
+        written = [text for text in axes.texts if text.get_rotation() == 0]
+        assert written[0].get_text() == last
+        assert len(written) > 10
+        boxes = [text.get_window_extent() for text in written]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("operations", [(), OPERATIONS, MORPHS[1:2]])
