@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import tyro
 
 from jaxmorph.errors import InputError, nearest
+
+_READER_LEFT = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
 def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
@@ -87,7 +91,27 @@ def parse_command(
 
 
 def run_door(door: Callable[[], int | None]) -> int:
-    """Run a door's body and return its exit status: 2, with one line on stderr, for bad input."""
+    """Run a door's body and return its exit status.
+
+    That is 2, with one line on stderr, for bad input; and 141, in silence, as of a program that
+    SIGPIPE ends, where whoever read the output has gone (`... --help | head -1`).
+    """
+    try:
+        status = _status(door)
+        for stream in _standard_streams():
+            stream.flush()  # at exit Python would complain about what cannot be written
+    except BrokenPipeError:
+        left = [stream for stream in _standard_streams() if _reader_left(stream)]
+        if not left:  # some other pipe broke
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in left:
+            os.dup2(nowhere, stream.fileno())
+        return _READER_LEFT
+    return status
+
+
+def _status(door: Callable[[], int | None]) -> int:
     try:
         return door() or 0
     except InputError as error:
@@ -97,6 +121,22 @@ def run_door(door: Callable[[], int | None]) -> int:
         if stop.code:
             raise
         return 0
+
+
+def _standard_streams() -> list[TextIO]:
+    """Return stdout and stderr; a program may be started without either."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _reader_left(stream: TextIO) -> bool:
+    """Say whether a stream is a pipe that nobody reads any more."""
+    try:
+        number = stream.fileno()
+    except OSError:  # a stream in memory
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _flags(value: Any) -> Iterator[tuple[str, bool]]:

@@ -22,7 +22,12 @@ COLOURS = (
 INK = "#334155"
 _GRID, _FAINT = "#e2e8f0", "#94a3b8"
 _LABELLED_OPERATIONS = 12  # more labels than this cannot be read side by side
+_NAME_WIDTH, _LONGEST_NAME = 9, 40  # of an operation's name: points, characters
 _FEW_POINTS = 40  # up to this many, a curve is drawn as it is, without smoothing
+
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
+_VALIDATION = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4.5} | _HOLLOW
+_AFTER = {"linestyle": "", "marker": "D", "markersize": 5.5} | _HOLLOW
 
 Position = Callable[[np.ndarray], np.ndarray]
 
@@ -60,12 +65,20 @@ def plain(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure, in inches, with `panels` styled axes side by side that share their y."""
+def new_figure(
+    width: float, height: float, panels: int = 1, stacked: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure, in inches, with `panels` styled axes.
+
+    They stand side by side and share their y, or are stacked and share their x.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    grid = figure.subplots(1, panels, squeeze=False, sharey=panels > 1)
+    if stacked:
+        grid = figure.subplots(panels, 1, squeeze=False, sharex=True)
+    else:
+        grid = figure.subplots(1, panels, squeeze=False, sharey=panels > 1)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(_FAINT)
@@ -87,21 +100,95 @@ def rendered(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def tick_by(axis: Any, tick: Callable[[float], str]) -> None:
+    """Write the numbers along a matplotlib axis as `tick` does."""
+    axis.set_major_formatter(lambda value, _: tick(value))
+
+
+def mark_operations(
+    axes: Axes,
+    run: RunRecord,
+    position: Position | None = None,
+    *,
+    colour: str = _FAINT,
+    interleaved: tuple[int, int] = (0, 1),
+    named: int = _LABELLED_OPERATIONS,
+    above: bool = False,
+) -> None:
+    """Draw a vertical line where operations fired, with their names.
+
+    Args:
+      axes: where; its curves are there already, as names keep clear of one another in its limits.
+      run: whose operations.
+      position: where on the x axis steps lie; None: at themselves.
+      colour: of the lines.
+      interleaved: (i, n): the lines are the i-th of n sets, whose dashes leave room for the others'.
+      named: the names are left out where there are more operations than this.
+      above: write the names above the axes, not in them.
+    """
+    names: dict[int, list[str]] = {}
+    for operation in run.operations:
+        names.setdefault(operation.step, []).append(operation.title)
+    index, sets = interleaved
+    dashes: Any = (6 * index, (4, 6 * sets - 4))
+    steps = np.array(list(names), float)
+    places = [float(at) for at in (steps if position is None else position(steps))]
+    for at in places:
+        axes.axvline(at, color=colour, linewidth=1, linestyle=dashes, zorder=1)
+    if len(run.operations) > named:
+        return
+    titles = [(at, name) for at, step in zip(places, names, strict=True) for name in names[step]]
+    offsets = _beside_one_another(axes, [at for at, _ in titles])
+    for (at, name), offset in zip(titles, offsets, strict=True):
+        axes.annotate(
+            plain(name[:_LONGEST_NAME]),
+            (at, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(offset, 2 if above else -2),
+            textcoords="offset points",
+            rotation=90,
+            fontsize=7,
+            color=INK,
+            ha="left",
+            va="bottom" if above else "top",
+        )
+
+
+def points_along(axes: Axes, x: Sequence[float]) -> np.ndarray:
+    """Return how far right of the axes' left edge `x` lies, in points; the layout moves it a bit."""
+    low, high = axes.get_xlim()
+    figure, spec = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None
+    assert spec is not None
+    width = 0.92 * 72 * figure.get_size_inches()[0] / spec.get_gridspec().ncols
+    return (np.asarray(x, float) - low) / (high - low) * width
+
+
+def _beside_one_another(axes: Axes, x: Sequence[float]) -> list[float]:
+    """Return how far right of `x`, in points, upright names stand so that none covers another."""
+    offsets, free = [], -np.inf
+    for at in points_along(axes, x):
+        start = max(at + 3, free)
+        offsets.append(float(start - at))
+        free = start + _NAME_WIDTH
+    return offsets
+
+
 def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str]) -> Figure:
     """Draw loss against steps, tokens and FLOPs: training thin and smoothed, validation marked."""
     figure, panels = new_figure(12, 4.2, panels=len(_LOSS_AXES))
     for axes, against in zip(panels, _LOSS_AXES, strict=True):
         axes.set_xlabel(against.label)
-        _tick_by(axes.xaxis, against.tick)
+        tick_by(axes.xaxis, against.tick)
         shown = [
-            (COLOURS[i % len(COLOURS)], run, against.position_in(run))
+            (i, run, against.position_in(run))
             for i, run in enumerate(runs)
             if against.total is None or len(run.series[against.total].steps)
         ]
-        for colour, run, position in shown:
-            _draw_loss(axes, run, position, colour)
-            single = len(runs) == 1
-            _mark_operations(axes, run, position, _FAINT if single else colour, labelled=single)
+        for i, run, position in shown:
+            _draw_loss(axes, run, position, COLOURS[i % len(COLOURS)])
+        for i, run, position in shown:
+            _mark_one_of(len(runs), i, axes, run, position)
         if not shown:
             _say(axes, f"{against.label} not logged")
     panels[0].set_ylabel("loss (nats per token)")
@@ -110,11 +197,11 @@ def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str]) -> Figure:
         _say(panels[0], "no loss logged yet")
     else:
         panels[0].set_ylim(*limits)
-    handles = _loss_legend(labels)
+    handles = _loss_legend(runs, labels)
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        ncols=min(len(handles), 5),
+        ncols=_columns([str(handle.get_label()) for handle in handles], figure),
         frameon=False,
         labelcolor=INK,
         fontsize=9,
@@ -160,10 +247,6 @@ def _same(steps: np.ndarray) -> np.ndarray:
     return steps
 
 
-def _tick_by(axis: Any, tick: Callable[[float], str]) -> None:
-    axis.set_major_formatter(lambda value, _: tick(value))
-
-
 def _draw_loss(axes: Axes, run: RunRecord, position: Position, colour: str) -> None:
     steps, values = run.series["train/loss"]
     _draw_curve(axes, position(steps), values, colour, smooth=True)
@@ -172,15 +255,21 @@ def _draw_loss(axes: Axes, run: RunRecord, position: Position, colour: str) -> N
         position(steps),
         values,
         color=colour,
-        linestyle="--",
-        linewidth=1,
-        marker="o",
-        markersize=4.5,
-        markerfacecolor="white",
-        markeredgewidth=1.4,
         markevery=max(1, len(steps) // 25),
         zorder=4,
+        **_VALIDATION,
     )
+    steps, values = run.series["val/loss_after"]
+    if len(steps):
+        axes.plot(position(steps), values, color=colour, zorder=5, **_AFTER)
+
+
+def _mark_one_of(n: int, index: int, axes: Axes, run: RunRecord, position: Position) -> None:
+    """Mark the operations of one of `n` runs: named where it is the only one, else in its colour."""
+    if n == 1:
+        return mark_operations(axes, run, position)
+    colour, sets = COLOURS[index % len(COLOURS)], min(n, 4)
+    mark_operations(axes, run, position, colour=colour, interleaved=(index % sets, sets), named=0)
 
 
 def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, smooth: bool) -> None:
@@ -197,7 +286,7 @@ def _step_figure(
     figure, (axes,) = new_figure(6.4, 3.4)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
-    _tick_by(axes.xaxis, short)
+    tick_by(axes.xaxis, short)
     values = series.values
     if not len(values):
         _say(axes, f"{label} not logged")
@@ -208,36 +297,9 @@ def _step_figure(
     elif values.min() >= 0:
         headroom = 1.4 if run.operations else 1.08  # for the operations' names
         axes.set_ylim(0, headroom * values.max() or 1)
-    _tick_by(axes.yaxis, tick)
-    _mark_operations(axes, run, _same, _FAINT, labelled=True)
+    tick_by(axes.yaxis, tick)
+    mark_operations(axes, run)
     return figure
-
-
-def _mark_operations(
-    axes: Axes, run: RunRecord, position: Position, colour: str, labelled: bool
-) -> None:
-    """Draw a vertical line where operations fired, named unless there are too many to read."""
-    names: dict[int, list[str]] = {}
-    for operation in run.operations:
-        value = operation.get("value")
-        text = operation["name"] if value is None else f"{operation['name']} {value}"
-        names.setdefault(operation["step"], []).append(text)
-    labelled = labelled and len(run.operations) <= _LABELLED_OPERATIONS
-    for step, at in zip(names, position(np.array(list(names), float)), strict=True):
-        axes.axvline(at, color=colour, linewidth=1, linestyle=(0, (4, 2)), zorder=1)
-        for beside, name in enumerate(names[step] if labelled else []):
-            axes.annotate(
-                plain(name),
-                (at, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3 + 9 * beside, -2),
-                textcoords="offset points",
-                rotation=90,
-                fontsize=7,
-                color=INK,
-                ha="left",
-                va="top",
-            )
 
 
 def _loss_limits(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
@@ -247,27 +309,41 @@ def _loss_limits(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
     if not present:
         return None
     low = min(float(values.min()) for values in present)
-    high = max(min(float(values.max()), 1.5 * float(abs(values[0]))) for values in present)
+    tops = [1.5 * float(abs(values[0])) for values in present]
+    high = max(min(float(v.max()), top) for v, top in zip(present, tops, strict=True))
+    for run in runs:
+        if len(after := run.series["val/loss_after"].values):
+            low = min(low, float(after.min()))
+            high = max(high, min(float(after.max()), max(tops)))
     margin = 0.05 * (high - low) or 0.5
     return low - margin, high + margin
 
 
-def _loss_legend(labels: Sequence[str]) -> list[Any]:
+def _loss_legend(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     ink = COLOURS[0] if len(labels) == 1 else INK
-    train = Line2D([], [], color=ink, linewidth=1.7, label="training")
-    validation = Line2D(
-        [], [], color=ink, linewidth=1, linestyle="--", marker="o", markersize=4.5,
-        markerfacecolor="white", markeredgewidth=1.4, label="validation",
-    )  # fmt: skip
-    if len(labels) == 1:
-        return [train, validation]
-    runs = [
+    entries = [
         Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=4, label=plain(label))
-        for i, label in enumerate(labels)
+        for i, label in enumerate(labels if len(labels) > 1 else [])
     ]
-    return [*runs, train, validation]
+    entries.append(Line2D([], [], color=ink, linewidth=1.7, label="training"))
+    entries.append(Line2D([], [], color=ink, label="validation", **_VALIDATION))
+    if any(len(run.series["val/loss_after"].steps) for run in runs):
+        label = "validation right after an operation"
+        entries.append(Line2D([], [], color=ink, label=label, **_AFTER))
+    if any(run.operations for run in runs):
+        faint = _FAINT if len(labels) == 1 else INK
+        upright: dict[str, Any] = {"linestyle": "", "marker": "|", "markersize": 11}
+        entries.append(Line2D([], [], color=faint, label="operation", **upright))
+    return entries
+
+
+def _columns(labels: Sequence[str], figure: Figure) -> int:
+    """Return how many columns a legend fits into: one for each label, or all as wide as the widest."""
+    widths = [45 + 5.2 * len(label) for label in labels]  # points, at 9 points a letter
+    room = 72 * figure.get_size_inches()[0]
+    return len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
 
 
 def _say(axes: Axes, text: str) -> None:

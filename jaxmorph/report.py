@@ -11,14 +11,17 @@ from typing import Any
 
 from jaxmorph.errors import InputError
 from jaxmorph.figures import rendered, run_figures, short, short_flops
-from jaxmorph.run_record import RunRecord, read_run, throughput
+from jaxmorph.run_record import FiredOperation, RunRecord, read_run, throughput
+from jaxmorph.timeline import architecture_figure
 
 _TITLES = {
     "loss": "Loss",
+    "architecture": "Architecture",
     "learning_rate": "Learning rate",
     "throughput": "Throughput",
     "gradient_norm": "Gradient norm",
 }
+_WIDE = ("loss", "architecture")
 _STYLE = """
 :root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b;
   --line: #e2e8f0; }
@@ -45,7 +48,7 @@ img { display: block; width: 100%; height: auto; background: #fff; border-radius
 .pair img { max-width: 620px; margin: 0 auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
+  vertical-align: top; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; }
 .settings { columns: 320px; column-gap: 32px; }
 .settings p { margin: 0; display: flex; justify-content: space-between; gap: 12px; font-size: 13px;
@@ -62,7 +65,10 @@ def write_report(run_dir: Path) -> Path:
       InputError: not a run folder, a malformed file in it, or a folder that cannot be written.
     """
     run = read_run(Path(run_dir))
-    images = {name: rendered(figure, "png") for name, figure in run_figures(run).items()}
+    figures = run_figures(run)
+    if (timeline := architecture_figure(run)) is not None:
+        figures["architecture"] = timeline
+    images = {name: rendered(figure, "png") for name, figure in figures.items()}
     for name, image in images.items():
         replace_file(run.folder / f"{name}.png", image)
     page = run.folder / "report.html"
@@ -86,7 +92,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _page(run: RunRecord, images: dict[str, bytes]) -> str:
-    name, small = html.escape(run.name), [n for n in images if n != "loss"]
+    name, wide = html.escape(run.name), [n for n in _WIDE if n in images]
+    small = [n for n in images if n not in wide]
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -94,7 +101,7 @@ def _page(run: RunRecord, images: dict[str, bytes]) -> str:
         f"<h1>{name}</h1>",
         f'<p class="where">{html.escape(str(run.folder.resolve()))}</p>',
         _facts(run),
-        _figure("loss", images["loss"]),
+        *(_figure(n, images[n]) for n in wide),
         f'<div class="pair">{"".join(_figure(n, images[n]) for n in small)}</div>',
         _operations(run.operations),
         _settings(run.settings),
@@ -138,7 +145,7 @@ def summary(run: RunRecord) -> Iterable[tuple[str, str, str]]:
         yield "Validation accuracy", f"{accuracies[-1]:.1%}", f"from {accuracies[0]:.1%}"
     if len(losses := run.series["train/loss"].values):
         yield "Training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}"
-    if lost := run.lost["train/loss"] + run.lost["val/loss"]:
+    if lost := sum(run.lost[key] for key in ("train/loss", "val/loss", "val/loss_after")):
         yield "Non-finite losses", f"{lost:,}", "left out of the figures"
 
 
@@ -156,31 +163,42 @@ def _figure(name: str, image: bytes) -> str:
     return f'<section><h2>{title}</h2><img alt="{title}" src="{source}"></section>'
 
 
-def _operations(operations: Sequence[dict[str, Any]]) -> str:
+def _operations(operations: Sequence[FiredOperation]) -> str:
     if not operations:
         return ""
-    columns = {
-        "step": "step",
-        "operation": "name",
-        "value": "value",
-        "reason": "reason",
-        "loss before": "val_loss_before",
-        "loss after": "val_loss_after",
-        "parameters before": "params_before",
-        "parameters after": "params_after",
-    }
-    head = "".join(f"<th>{title}</th>" for title in columns)
-    rows = "".join(
-        f"<tr>{''.join(_cell(operation, key) for key in columns.values())}</tr>"
-        for operation in operations
+    rows = [_operation(operation) for operation in operations]
+    head = "".join(f"<th>{title}</th>" for title in rows[0])
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row.values())}</tr>"
+        for row in rows
     )
-    return f"<section><h2>Operations</h2><table><tr>{head}</tr>{rows}</table></section>"
+    table = f"<table><tr>{head}</tr>{body}</table>"
+    return f"<section><h2>Operations</h2>{table}</section>"
 
 
-def _cell(operation: dict[str, Any], key: str) -> str:
-    value = operation.get(key)
-    text = "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-    return f"<td>{html.escape(text)}</td>"
+def _operation(operation: FiredOperation) -> dict[str, str]:
+    """Return the columns of an operation's row, by their titles."""
+    return {
+        "step": f"{operation.step:,}",
+        "operation": operation.name,
+        "value": operation.value_in_words,
+        "reason": operation.reason or "",
+        "loss before": _written(operation.val_loss_before, ".4f"),
+        "loss after": _written(operation.val_loss_after, ".4f"),
+        "parameters before": _written(operation.params_before, ","),
+        "parameters after": _written(operation.params_after, ","),
+        "change of the function": _written(operation.function_delta, ".1e"),
+        "optimizer moments": _moments(operation.moments or {}),
+        "seconds": _written(operation.seconds, ".2f"),
+    }
+
+
+def _written(number: float | None, form: str) -> str:
+    return "" if number is None else format(number, form)
+
+
+def _moments(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {fate}" for fate, count in counts.items() if count)
 
 
 def _settings(settings: dict[str, Any]) -> str:

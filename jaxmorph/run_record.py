@@ -16,8 +16,9 @@ from jaxmorph.yaml_file import read_yaml
 
 _NUMBERS: tuple[str, ...] = (
     "train/loss", "train/learning_rate", "train/grad_norm", "step_seconds", "tokens", "flops",
-    "params", "batch_size", "val/loss", "val/accuracy",
+    "params", "batch_size", "grad_accum_steps", "val/loss", "val/loss_after", "val/accuracy",
 )  # fmt: skip
+_SIZES = ("n_layers", "d_model", "n_heads", "d_ff", "seq_len", "attn_lora_rank", "vocab_lora_rank")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how a run writes what JSON has no number for
 
 
@@ -29,6 +30,59 @@ class Series(NamedTuple):
 
 
 @dataclass(frozen=True)
+class FiredOperation:
+    """An operation as its line of operations.jsonl tells it; None: the line does not say.
+
+    Args:
+      step: the update after which it fired.
+      name: the operation's.
+      value: what it was given.
+      reason: which trigger fired it.
+      val_loss_before: the newest validation loss when it fired.
+      val_loss_after: the re-evaluated one.
+      model_before: the architecture it met, as the fields of a ModelConfig.
+      model_after: the one it left.
+      params_before: number of parameters it met.
+      params_after: number it left.
+      moments: how many entries of the optimizer's state met each fate, by its name.
+      function_delta: largest change of a logit, in RMS of the logits.
+      seconds: how long it took.
+    """
+
+    step: int
+    name: str
+    value: Any = None
+    reason: str | None = None
+    val_loss_before: float | None = None
+    val_loss_after: float | None = None
+    model_before: dict[str, Any] | None = None
+    model_after: dict[str, Any] | None = None
+    params_before: int | None = None
+    params_after: int | None = None
+    moments: dict[str, int] | None = None
+    function_delta: float | None = None
+    seconds: float | None = None
+
+    @property
+    def value_in_words(self) -> str:
+        """The value as a user would write it; nothing where there is none."""
+        if self.value is None:
+            return ""
+        return f"{self.value:.6g}" if isinstance(self.value, float) else str(self.value)
+
+    @property
+    def title(self) -> str:
+        """The name and the value."""
+        return f"{self.name} {self.value_in_words}".rstrip()
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether it changed the architecture."""
+        known = self.model_before is not None and self.model_after is not None
+        return known and self.model_before != self.model_after
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run as its folder tells it.
 
@@ -37,7 +91,7 @@ class RunRecord:
       last_step: the newest step with a line.
       series: the finite values of each known metric, in the order of their lines.
       lost: how many values of each were NaN or infinite.
-      operations: the lines of operations.jsonl.
+      operations: what operations.jsonl tells, in the order of its lines.
       settings: the mapping in config.yaml.
     """
 
@@ -45,7 +99,7 @@ class RunRecord:
     last_step: int
     series: dict[str, Series]
     lost: dict[str, int]
-    operations: list[dict[str, Any]]
+    operations: list[FiredOperation]
     settings: dict[str, Any]
 
     @property
@@ -134,15 +188,54 @@ def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return read
 
 
-def _read_operations(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    operations = []
-    for where, line in _read_lines(path):
-        if "name" not in line or not isinstance(line["name"], str):
-            raise InputError(where, "name", None, "an operation's name")
-        operations.append(line | {"step": _step(where, line)})
-    return operations
+def _read_operations(path: Path) -> list[FiredOperation]:
+    return [_operation(where, line) for where, line in _read_lines(path)] if path.exists() else []
+
+
+def _operation(where: str, line: dict[str, Any]) -> FiredOperation:
+    name, reason, moments = line.get("name"), line.get("reason"), line.get("moments")
+    if not isinstance(name, str):
+        raise InputError(where, "name", name, "an operation's name")
+    if reason is not None and not isinstance(reason, str):
+        raise InputError(where, "reason", reason, "a word")
+    return FiredOperation(
+        step=_step(where, line),
+        name=name,
+        value=line.get("value"),
+        reason=reason,
+        val_loss_before=_number(where, "val_loss_before", line.get("val_loss_before")),
+        val_loss_after=_number(where, "val_loss_after", line.get("val_loss_after")),
+        model_before=_model(where, "model_before", line.get("model_before")),
+        model_after=_model(where, "model_after", line.get("model_after")),
+        params_before=_count(where, "params_before", line.get("params_before")),
+        params_after=_count(where, "params_after", line.get("params_after")),
+        moments=None if moments is None else _counts(where, "moments", moments),
+        function_delta=_number(where, "function_delta", line.get("function_delta")),
+        seconds=_number(where, "seconds", line.get("seconds")),
+    )
+
+
+def _model(where: str, key: str, model: object) -> dict[str, Any] | None:
+    if model is None:
+        return None
+    if not isinstance(model, dict):
+        raise InputError(where, key, model, "the fields of an architecture")
+    for size in _SIZES:
+        _count(where, f"{key}: {size}", model.get(size))
+    return model
+
+
+def _counts(where: str, key: str, counts: object) -> dict[str, int]:
+    if not isinstance(counts, dict):
+        raise InputError(where, key, counts, "counts by name")
+    read = {str(name): _count(where, f"{key}: {name}", count) for name, count in counts.items()}
+    return {name: count for name, count in read.items() if count is not None}
+
+
+def _count(where: str, key: str, value: object) -> int | None:
+    if value is not None and (type(value) is not int or not 0 <= value < 2**53):
+        raise InputError(where, key, value, "a whole number ≥ 0")
+    return value
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

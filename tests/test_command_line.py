@@ -1,6 +1,10 @@
 """Flags parsed and refused as the contract says, whatever the width of the terminal."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -162,3 +166,50 @@ def test_door_passes_on_a_status_and_other_errors():
     assert run_door(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
         run_door(lambda: 1 // 0)
+
+
+def into_a_pipe_without_a_reader(argv, both=False, unbuffered=""):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, *argv],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            stdout=writer,
+            stderr=writer if both else subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+
+
+WRITES = "import sys; from jaxmorph.command_line import run_door; sys.exit(run_door({}))"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-m", "jaxmorph.train", "--help"],
+        ["-m", "jaxmorph.plot", "--help"],
+        ["-c", WRITES.format("lambda: print('little')")],
+        ["-c", WRITES.format("lambda: print('more than a buffer ' * 10_000, flush=True)")],
+    ],
+)
+def test_door_ends_in_silence_when_its_reader_has_left(argv, unbuffered):
+    done = into_a_pipe_without_a_reader(argv, unbuffered=unbuffered)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_door_without_a_reader_of_its_error_ends_the_same_way():
+    done = into_a_pipe_without_a_reader(["-m", "jaxmorph.plot", "nonsense"], both=True)
+    assert done.returncode == 141
+
+
+def test_other_broken_pipes_are_not_taken_for_it(capfd):
+    def writes_to_a_process_that_died():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run_door(writes_to_a_process_that_died)

@@ -9,9 +9,9 @@ LAYERS = {
     "architecture schedules operations scaling_schedule plan",
     "parts": "precision attention blocks lora model optimizer tokenization corpora data sharding",
     "state": "faults run_folder array_files manifest checkpoint state resume",
-    "changes": "morphs",
-    "loop": "host_memory stopping progress run_record figures report metrics dry_run summary programs"
-    " sampling transitions stages orchestrator preparation loop",
+    "changes": "morphs transitions",
+    "loop": "host_memory stopping progress run_record figures timeline report metrics dry_run "
+    "summary programs sampling stages orchestrator preparation loop",
     "doors": "train evaluate plot",
 }
 ORDER = [module for modules in LAYERS.values() for module in modules.split()]

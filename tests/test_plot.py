@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxmorph.errors import InputError
 from jaxmorph.figures import loss_figure, rendered, run_figures, short, short_flops, smoothed
@@ -18,6 +20,7 @@ from jaxmorph.plot import main, schedule_figure
 from jaxmorph.report import duration, write_report
 from jaxmorph.run_record import read_run, throughput
 from jaxmorph.schedules import SCHEDULERS, ScheduleShape
+from jaxmorph.timeline import architecture_figure
 
 TOKENS_PER_STEP, FLOPS_PER_TOKEN = 4096, 65_000_000
 COSINE = ScheduleShape("cosine", 0.1, "cosine", 0.04, 0.2, 3, 2.0)
@@ -57,6 +60,7 @@ OPERATIONS = [
 ]
 
 
+OPERATION = '{"name": "x", "step": 1, %s}\n'
 CONFIG = "learning_rate: 0.001\nresume: true\n"
 
 
@@ -109,7 +113,10 @@ def test_series_hold_what_the_lines_say(tmp_path):
     assert len(run.series["train/loss"].steps) == 31
     assert (run.name, run.last_step) == ("run", 300)
     assert run.settings == {"learning_rate": 0.001, "resume": True}
-    assert run.operations == OPERATIONS
+    told = [(one.step, one.name, one.value, one.reason) for one in run.operations]
+    assert told == [
+        tuple(o[key] for key in ("step", "name", "value", "reason")) for o in OPERATIONS
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,22 @@ def test_half_written_last_line_is_left_out(tmp_path, half):
         ("metrics.jsonl", b'{"step": \xff}\n', "line 1: got"),
         ("operations.jsonl", '{"step": 1}\n', "operations.jsonl: line 1: name: expected"),
         ("operations.jsonl", '{"name": "x"}\n', "operations.jsonl: line 1: step: expected"),
+        ("operations.jsonl", OPERATION % '"reason": 1', "line 1: reason: got 1, expected a word"),
+        ("operations.jsonl", OPERATION % '"seconds": "long"', "line 1: seconds: got 'long'"),
+        ("operations.jsonl", OPERATION % '"val_loss_after": []', r"val_loss_after: got \[\], exp"),
+        (
+            "operations.jsonl",
+            OPERATION % '"params_after": 1.5',
+            "params_after: got 1.5, expected a",
+        ),
+        ("operations.jsonl", OPERATION % '"moments": 3', "moments: got 3, expected counts by name"),
+        ("operations.jsonl", OPERATION % '"moments": {"fresh": -1}', "moments: fresh: got -1, exp"),
+        ("operations.jsonl", OPERATION % '"model_before": "big"', "model_before: got 'big', expec"),
+        (
+            "operations.jsonl",
+            OPERATION % '"model_after": {"n_layers": true}',
+            "line 1: model_after: n_layers: got True, expected a whole number",
+        ),
         ("config.yaml", "- 1\n", "config.yaml: got 'list', expected a mapping"),
         ("config.yaml", "a: [\n", "config.yaml: line"),
     ],
@@ -238,6 +261,48 @@ def test_operations_are_marked_with_their_names_in_every_figure(tmp_path):
             assert marks[1] == 2 * marks[0] > 0
 
 
+def test_names_of_operations_close_to_one_another_do_not_overlap(tmp_path):
+    close = [OPERATIONS[0] | {"step": step} for step in (100, 100, 102, 103, 250)]
+    run = read_run(write_run(tmp_path, operations=close))
+    for figure in run_figures(run).values():
+        rendered(figure, "png")
+        for axes in figure.axes:
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert len(boxes) == 5
+            assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes))
+
+
+def test_operations_of_several_runs_at_one_step_are_told_apart(tmp_path):
+    run = read_run(write_run(tmp_path, operations=OPERATIONS[:1]))
+    figure = loss_figure([run, run], ["a", "b"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1, :, :3].astype(int)
+    for axes, at in zip(figure.axes[:2], (100, 100 * TOKENS_PER_STEP), strict=True):
+        column, low = axes.transData.transform((at, 3.0)).astype(int)  # above the curves
+        above = pixels[low : int(axes.bbox.y1), column - 1 : column + 2]
+        seen = [(abs(above - rgb).max(axis=2) < 40).sum() for rgb in ((37, 99, 235), (234, 88, 12))]
+        assert min(seen) > 0.5 * max(seen) > 0
+        assert len(axes.texts) == 0
+
+
+def test_losses_right_after_operations_are_marked_where_there_are_any(tmp_path):
+    lines = metrics_lines()
+    without = read_run(write_run(tmp_path / "a", lines))
+    lines[100]["val/loss_after"], lines[200]["val/loss_after"] = 6.5, "NaN"
+    run = read_run(write_run(tmp_path / "b", lines, OPERATIONS))
+    figure = loss_figure([run], ["run"])
+    for axes, factor in zip(figure.axes[:2], (1, TOKENS_PER_STEP), strict=True):
+        (after,) = [line for line in axes.get_lines() if line.get_marker() == "D"]
+        assert np.asarray(after.get_xydata()).tolist() == [[100 * factor, 6.5]]
+        assert axes.get_ylim()[1] > 6.5
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["training", "validation", "validation right after an operation", "operation"]
+    plain = loss_figure([without], ["run"])
+    assert [t.get_text() for t in plain.legends[0].get_texts()] == ["training", "validation"]
+    assert "Non-finite losses" in write_report(run.folder).read_text()
+
+
 def test_many_operations_are_marked_without_names(tmp_path):
     many = [OPERATIONS[0] | {"step": step} for step in range(10, 210, 10)]
     run = read_run(write_run(tmp_path, operations=many))
@@ -272,6 +337,140 @@ def test_report_needs_no_other_file_and_tells_the_run(tmp_path):
     ):
         assert part in page.text
     assert not list(folder.glob(".*"))
+
+
+SMALL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "head_dim": 32, "d_ff": 512, "seq_len": 64}
+SMALL |= {"attn_lora_rank": 4, "vocab_lora_rank": 0, "positions": "learned"}
+DEEP = SMALL | {"n_layers": 8}
+WIDE = DEEP | {"d_ff": 768}
+RANKED = WIDE | {"attn_lora_rank": 8}
+
+
+def morph(name, value, step, before, after, **more):
+    sizes = {"params_before": 1000 * before["n_layers"], "params_after": 1000 * after["n_layers"]}
+    models = {"model_before": before, "model_after": after}
+    return {"name": name, "value": value, "step": step} | models | sizes | more
+
+
+MORPHS = [
+    morph("stack_layers", 2.0, 100, SMALL, DEEP, function_delta=0.7312, seconds=0.4123),
+    morph("change_batch_size", 2, 145, DEEP, DEEP, function_delta=None, moments=None),
+    morph("widen_mlp", 1.5, 200, DEEP, WIDE, moments={"transported": 1230, "fresh": 4, "reset": 0}),
+    morph("decrease_attn_lora_scaling", 0.5, 200, WIDE, RANKED, val_loss_after="NaN"),
+]
+
+
+def grown_run(folder, operations=MORPHS):
+    lines = metrics_lines()
+    for line in lines[146:]:
+        if "batch_size" in line:
+            line["batch_size"] = 32
+    return read_run(write_run(folder, lines, operations))
+
+
+def panels_of(figure):
+    """Return the levels drawn in each panel, by its label, and the levels written there."""
+    panels = {}
+    for axes in figure.axes:
+        curve = axes.get_lines()[0]
+        assert curve.get_drawstyle() == "steps-post"
+        marks = [int(xy[0, 0]) for xy in drawn_lines(axes)[1:]]
+        assert marks == [100, 145, 200]
+        texts = [text.get_text() for text in axes.texts]
+        panels[axes.get_ylabel().replace("\n", " ")] = curve.get_xydata().tolist(), texts
+    return panels
+
+
+def test_timeline_draws_every_size_that_changed_with_its_levels(tmp_path):
+    figure = architecture_figure(grown_run(tmp_path))
+    assert figure is not None
+    named = ["stack_layers 2", "change_batch_size 2", "widen_mlp 1.5"]
+    named.append("decrease_attn_lora_scaling 0.5")
+    layers = [[0, 4], [100, 8], [200, 8], [200, 8], [300, 8]]
+    parameters = [[x, 1000 * y] for x, y in layers]
+    assert panels_of(figure) == {
+        "layers": (layers, ["8", "4", *named]),
+        "MLP width": ([[0, 512], [100, 512], [200, 768], [200, 768], [300, 768]], ["768", "512"]),
+        "attention LoRA rank": ([[0, 4], [100, 4], [200, 4], [200, 8], [300, 8]], ["8", "4"]),
+        "parameters": (parameters, ["8k", "4k"]),
+        "batch size": ([[0, 16], [145, 32], [300, 32]], ["32", "16"]),
+    }
+    for axes in figure.axes:
+        assert all(tick == round(tick) for tick in axes.get_yticks())
+
+
+@pytest.mark.parametrize("step", [0, 100, 300])
+def test_timeline_of_two_changes_at_one_step_names_the_last(tmp_path, step):
+    twice = [MORPHS[0], morph("stack_layers", 2, step, DEEP, DEEP | {"n_layers": 16})]
+    twice[0] = twice[0] | {"step": step}
+    figure = architecture_figure(grown_run(tmp_path, twice))
+    assert figure is not None
+    assert drawn_lines(figure.axes[0])[0].tolist() == [[0, 4], [step, 8], [step, 16], [300, 16]]
+    written = [text.get_text() for text in figure.axes[0].texts if text.get_rotation() == 0]
+    assert written == (["16", "4"] if step else ["16"])
+
+
+def test_levels_of_a_crowded_timeline_do_not_cover_one_another(tmp_path):
+    models = [SMALL | {"n_layers": 100 + n} for n in range(40)]
+    steps = [0, *range(7, 280, 7)]
+    crowd = [
+        morph("stack_layers", 1.01, step, *around)
+        for step, around in zip(steps, itertools.pairwise(models), strict=False)
+    ]
+    figure = architecture_figure(grown_run(tmp_path, crowd))
+    assert figure is not None
+    rendered(figure, "png")
+    for axes, last in zip(figure.axes[:2], ("139", "139k"), strict=True):
+        written = [text for text in axes.texts if text.get_rotation() == 0]
+        assert written[0].get_text() == last
+        assert len(written) > 10
+        boxes = [text.get_window_extent() for text in written]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("operations", [(), OPERATIONS, MORPHS[1:2]])
+def test_run_whose_architecture_stayed_has_no_timeline(tmp_path, operations):
+    run = grown_run(tmp_path, operations)
+    assert architecture_figure(run) is None
+    page = Page(write_report(tmp_path).read_text())
+    assert "Architecture" not in page.text
+    assert not (tmp_path / "architecture.png").exists()
+
+
+def test_timeline_leaves_out_what_the_lines_do_not_say(tmp_path):
+    bare = [{"name": "x", "step": 90, "model_before": {"n_layers": 1}, "model_after": {}}]
+    assert architecture_figure(grown_run(tmp_path / "a", bare)) is None
+    bare[0]["model_after"] = {"n_layers": 3}
+    figure = architecture_figure(grown_run(tmp_path / "b", bare))
+    assert figure is not None
+    assert [axes.get_ylabel() for axes in figure.axes] == ["layers", "batch size"]
+
+
+def test_report_shows_the_timeline_and_tells_each_operation(tmp_path):
+    run = grown_run(tmp_path)
+    text = write_report(run.folder).read_text()
+    assert "Architecture" in Page(text).text
+    assert base64.b64encode((tmp_path / "architecture.png").read_bytes()).decode() in text
+    rows = [
+        dict(zip(TABLE, re.findall("<td>(.*?)</td>", row), strict=True))
+        for row in re.findall("<tr>(<td>.*?)</tr>", text)
+    ]
+    assert [" ".join(rows[n][k] for k in ("step", "operation", "value")) for n in (0, 3)] == [
+        "100 stack_layers 2",
+        "200 decrease_attn_lora_scaling 0.5",
+    ]
+    assert [row["change of the function"] for row in rows] == ["7.3e-01", "", "", ""]
+    assert [row["optimizer moments"] for row in rows] == ["", "", "1,230 transported, 4 fresh", ""]
+    assert [row["seconds"] for row in rows] == ["0.41", "", "", ""]
+    assert [row["loss after"] for row in rows] == ["", "", "", "nan"]
+    assert rows[0]["parameters before"] == "4,000"
+    assert rows[0]["parameters after"] == "8,000"
+
+
+TABLE = (
+    "step", "operation", "value", "reason", "loss before", "loss after", "parameters before",
+    "parameters after", "change of the function", "optimizer moments", "seconds",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

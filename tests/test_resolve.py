@@ -87,7 +87,10 @@ MALFORMED_FLAGS = {
     "missing file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "readable file"]),
     "folder as file": (["--config", "."], ["readable file"]),
     "reserved": (["--enable_head_lr"], ["--enable_head_lr", "known flag"]),
-    "schedule": (["--scaling_schedule_file", "x.json"], ["--scaling_schedule_file", "existing file"]),
+    "schedule": (
+        ["--scaling_schedule_file", "x.json"],
+        ["--scaling_schedule_file", "existing file"],
+    ),
     "start divisor": (
         ["--n_layers", "6", "--n_layer_divisor", "4"],
         ["--n_layer_divisor", "4.0", "6 / 4 = 1.5", "3 gives 2", "6 gives 1"],
