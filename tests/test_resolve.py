@@ -93,7 +93,7 @@ MALFORMED_FLAGS = {
     ),
     "start divisor": (
         ["--n_layers", "6", "--n_layer_divisor", "4"],
-        ["--n_layer_divisor", "4.0", "6 / 4 = 1.5", "3 gives 2", "6 gives 1"],
+        ["--n_layer_divisor", "4.0", "6 / 4 = 1.5", "2 gives 3", "6 gives 1"],
     ),
     "rank divisor": (
         ["--d_model", "96", "--n_heads", "4", "--attn_lora_rank_divisor", "5"],
