@@ -81,6 +81,8 @@ class StageCompiler:
         self._futures: dict[int, Future[Compiled]] = {}
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._once = {"xla_backend_optimization_level": 0} if on_cpu else {}
 
     def lazy(self, index: int) -> Programs:
         """Return the programs of stage `index`, not compiled yet."""
@@ -190,11 +192,8 @@ class StageCompiler:
         )
         abstract = [(p.abstract_state.params, p.abstract_state.gates) for p in (before, after)]
         tokens = jax.ShapeDtypeStruct(probe, jnp.int32)
-        return (
-            morph.lower(before.abstract_state).compile(),
-            delta.lower(*abstract, tokens).compile(),
-            probe,
-        )
+        lowered = morph.lower(before.abstract_state), delta.lower(*abstract, tokens)
+        return *(one.compile(self._once) for one in lowered), probe
 
 
 def _check_same(got: Any, wanted: Any) -> None:
