@@ -95,7 +95,7 @@ def _begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
             "--no_resume", "", str(run_dir), "a folder without a run; give another --run_dir"
         )
     if step is None:
-        state, position = setup.compiler.lazy(0).init(), Position()
+        state, position = setup.compiler.initial_state(), Position()
     else:
         state, position = _resume(setup, step)
     write_text_atomically(run_dir / "config.yaml", to_yaml(setup.settings))

@@ -30,7 +30,7 @@ from jaxmorph.plan import Plan
 from jaxmorph.programs import Programs, Shape, make_programs
 from jaxmorph.run_shape import RunShape
 from jaxmorph.sharding import batch_sharding, replicated
-from jaxmorph.state import new_state
+from jaxmorph.state import TrainState, new_state
 
 _LOWEST_PRIORITY = 19
 _PROBE_TOKENS = 256  # at most, per sequence
@@ -82,6 +82,7 @@ class StageCompiler:
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Of what runs once, compiling takes longer than running: on CPU, LLVM need not try hard.
         self._once = {"xla_backend_optimization_level": 0} if on_cpu else {}
 
     def lazy(self, index: int) -> Programs:
@@ -99,6 +100,11 @@ class StageCompiler:
                 total_steps=self._total,
             ),
         )
+
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step."""
+        init: Any = self.lazy(0).init
+        return init.lower().compile(self._once)()
 
     def get(self, index: int) -> Compiled:
         """Return what stage `index` runs, compiled now unless it is or is about to be.
