@@ -163,6 +163,41 @@ def scaled_number(number: float, factor: float) -> float:
     return number * factor
 
 
+def scaled_rank_size(config: ModelConfig, field: str, factor: float) -> int:
+    """Return a LoRA rank × factor, up to d_model.
+
+    Args:
+      config: the architecture.
+      field: which rank, of ModelConfig.
+      factor: what multiplies it.
+
+    Raises:
+      OperationError: no such adapters, or a product that is not whole or out of range.
+    """
+    rank = getattr(config, field)
+    if not rank:
+        raise OperationError(factor, f"adapters: {field} is 0")
+    return scaled_size(field, rank, factor, least=1, most=max(rank, config.d_model))
+
+
+def check_seq_len(config: ModelConfig, seq_len: int, value: float) -> None:
+    """Check that the model has positions for a context of `seq_len` tokens.
+
+    Args:
+      config: the architecture before.
+      seq_len: the context length after.
+      value: of the operation that asks for it, for the message.
+
+    Raises:
+      OperationError: more than its learned positions.
+    """
+    if config.positions == "learned" and seq_len > config.seq_len:
+        wanted = (
+            f"at most the {config.seq_len} learned positions (positions rotary has no such limit)"
+        )
+        raise OperationError(value, f"a seq_len, here {seq_len}, of {wanted}")
+
+
 def repeatable(factor: float) -> str:
     """Return a factor so that reading it gives the same one; 2.0 as 2."""
     return repr(int(factor)) if factor == int(factor) else repr(factor)
@@ -239,12 +274,9 @@ def scaled_rank(field: str) -> Change:
     factor by which alpha / rank falls or rises, so that what the adapter adds stays as it is.
     """
 
-    def change(shape: RunShape, value: float, options: Options) -> RunShape:
-        rank = getattr(shape.model, field)
-        new = scaled_size(field, rank, value, least=1, most=max(rank, shape.model.d_model))
-        return shape.with_model(**{field: new})
-
-    return change
+    return lambda shape, value, _: shape.with_model(
+        **{field: scaled_rank_size(shape.model, field, value)}
+    )
 
 
 def scaled_seq_len(shape: RunShape, value: float, options: Options) -> RunShape:
@@ -259,8 +291,5 @@ def set_seq_len(shape: RunShape, value: int, options: Options) -> RunShape:
 
 
 def _with_seq_len(shape: RunShape, seq_len: int, value: float) -> RunShape:
-    learned = shape.model.seq_len
-    if shape.model.positions == "learned" and seq_len > learned:
-        wanted = f"at most the {learned} learned positions (positions rotary has no such limit)"
-        raise OperationError(value, f"a seq_len, here {seq_len}, of {wanted}")
+    check_seq_len(shape.model, seq_len, value)
     return shape.with_model(seq_len=seq_len)

@@ -34,6 +34,9 @@ class AxisMap:
         of their entries; the first copy gets none.
       silent: bool [new], entries that add nothing to the residual stream: what adds to it and is
         stacked on the axis is zero there.
+      scale: by how much the model multiplies what passes through the axis after the change, over
+        before; 1 but where it divides by the axis's size, as an adapter does with alpha / rank. The
+        function stays as it is where shares make up for it.
     """
 
     axis: str
@@ -43,6 +46,7 @@ class AxisMap:
     spread: float = 0.0
     noise: float = 0.0
     silent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.silent.size:
@@ -86,11 +90,34 @@ def duplicate(axis: str, old: int, new: int, *, spread: float = 0.0, noise: floa
     return AxisMap(axis, old, source, share, spread, noise)
 
 
-def pad(axis: str, old: int, new: int) -> AxisMap:
-    """Return the map that appends fresh units: their producers are fresh, their consumers zero."""
+def pad(axis: str, old: int, new: int, *, scale: float = 1.0) -> AxisMap:
+    """Return the map that appends fresh units: their producers are fresh, their consumers zero.
+
+    Args:
+      axis: its name.
+      old: its size before.
+      new: its size after.
+      scale: see `AxisMap`; consumers make up for it.
+    """
     _check_growth(axis, old, new, least=0)
     source = np.concatenate([np.arange(old), np.full(new - old, FRESH)])
-    return AxisMap(axis, old, source, np.ones(new))
+    return AxisMap(axis, old, source, np.full(new, 1 / scale), scale=scale)
+
+
+def renew(axis: str, size: int) -> AxisMap:
+    """Return the map that puts fresh units in the place of all; nothing passes through them yet."""
+    return AxisMap(axis, size, np.full(size, FRESH), np.ones(size))
+
+
+def cut(axis: str, old: int, new: int) -> AxisMap:
+    """Return the map that keeps the first `new` entries, or all, and drops the others.
+
+    Raises:
+      InputError: more entries than there are.
+    """
+    if new > old:
+        raise InputError(axis, "new size", new, f"at most its size now, {old}")
+    return AxisMap(axis, old, np.arange(new), np.ones(new))
 
 
 def repeat(

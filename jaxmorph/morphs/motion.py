@@ -167,10 +167,15 @@ class Motion:
         if self.fresh_moments.any():
             new = jnp.where(self.fresh_moments, self._fresh_moment(leaf, power, sibling), new)
         for step in self.steps:
-            if step.role is Role.PRODUCED and power:
-                share = step.along(step.map.share, len(self.shape)) ** power
-                new = new * jnp.asarray(share, leaf.dtype)
+            if power and step.role is not Role.STACKED:
+                new = new * jnp.asarray(self._gradient_factor(step) ** power, leaf.dtype)
         return new
+
+    def _gradient_factor(self, step: Step) -> np.ndarray:
+        """Return what each entry's gradient is multiplied by."""
+        produced = step.role is Role.PRODUCED
+        share = step.map.share if produced else np.ones(step.map.new)
+        return step.along(share * step.map.scale, len(self.shape))
 
     def _fresh_moment(self, leaf: jax.Array, power: int, sibling: jax.Array) -> jax.Array:
         """Return what fresh entries begin with: nothing, or a part of a mean second moment."""

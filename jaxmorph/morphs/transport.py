@@ -3,12 +3,15 @@
 A parameter's signature says what role a changed axis has there, and the role gives two factors. What
 consumes the axis takes `share` of the weights it copies, and its gradient stays as it is; what
 produces it, or is a gain on it, copies the weights, and its gradient is shared out; what is stacked
-on it just moves. Moments follow the gradient (see `moments`). For models of any kind: nested dicts of
-arrays with a signature each, and any optax optimizer of such parameters.
+on it just moves. A `scale` of the axis multiplies both gradients. Moments follow the gradient (see
+`moments`). For models of any kind: nested dicts of arrays with a signature each, and any optax
+optimizer of such parameters.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,12 +51,19 @@ class Line:
     entries: int
 
 
-@jax.tree_util.register_static
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["errors"], meta_fields=["lines"])
 @dataclass(frozen=True)
 class Report:
-    """What became of every leaf. A static part of a pytree, so that a jitted function may return it."""
+    """What became of every leaf. A pytree, so that a jitted function may return it.
+
+    Args:
+      lines: what became of each leaf, or of each part of one; static.
+      errors: by the path of a matrix that could only be approximated, the Frobenius norm of what was
+        lost over that of what was there, of all layers together.
+    """
 
     lines: tuple[Line, ...]
+    errors: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, int]:
@@ -64,7 +74,10 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{entries:,} {how}" for how, entries in self.totals.items())
-        return f"optimizer state: {counts} entries"
+        lost = {path: float(error) for path, error in self.errors.items()}
+        worst = max(lost, key=lambda path: lost[path], default="")
+        losses = f"; largest relative error {lost[worst]:.2g}, of {worst}" if lost else ""
+        return f"optimizer state: {counts} entries{losses}"
 
 
 def transport(
