@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmorph import transitions
 from jaxmorph.architecture import parameter_count
 from jaxmorph.config import ModelConfig
 from jaxmorph.faults import crash_point
+from jaxmorph.morphs import Report
 from jaxmorph.plan import Plan
 from jaxmorph.resume import Position
 from jaxmorph.run_shape import repeatable
 from jaxmorph.scaling_schedule import Entry, Stage
 from jaxmorph.sharding import place_batch
-from jaxmorph.stages import Compiled, StageCompiler
+from jaxmorph.stages import Change, StageCompiler
 from jaxmorph.state import TrainState
 
 Reason = Literal["loss", "timeout"]
@@ -39,7 +41,7 @@ class Performed:
       after: the stage it led to.
       position: where the run stood.
       reason: what set it off.
-      moments: entries of the optimizer's state by what became of them.
+      report: what became of each leaf; empty for hyperparameters.
       function_delta: see `transitions.function_delta`; None for hyperparameters.
       seconds: it took, waiting for its programs included.
       waited: seconds of that spent waiting for its programs.
@@ -50,7 +52,7 @@ class Performed:
     after: Stage
     position: Position
     reason: Reason
-    moments: dict[str, int]
+    report: Report
     function_delta: float | None
     seconds: float
     waited: float
@@ -75,10 +77,11 @@ class Performed:
             "model_after": dataclasses.asdict(new),
             "params_before": parameter_count(old),
             "params_after": parameter_count(new),
-            "moments": self.moments,
+            "moments": self.report.totals,
             "function_delta": self.function_delta,
             "seconds": self.seconds,
             "options": dict(self.entry.options),
+            "errors": {path: float(error) for path, error in self.report.errors.items()},
             "compile_wait_seconds": self.waited,
         }
 
@@ -112,12 +115,13 @@ def perform(
     index, start = position.next_operation, time.monotonic()
     entry, before, after = plan.entries[index], plan.stages[index], plan.stages[index + 1]
     try:
-        compiled = compiler.get(index + 1)
+        compiler.programs(index + 1)  # before anything is changed: compiling them may fail
+        change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
         waited = time.monotonic() - start
-        if entry.operation.kind == "morph":
-            state, moments, delta = _morphed(compiled, compiler, state, probe_tokens)
+        if change is not None:
+            state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
         else:
-            moments, delta = {"transported": 0, "fresh": 0, "reset": 0}, None
+            report, delta = Report(()), None
             state = transitions.retuned(
                 entry, before.shape, after.shape, state, allow_warmup_past_end
             )
@@ -125,24 +129,22 @@ def perform(
         raise OperationFailedError(_failure(entry, error)) from error
     seconds = time.monotonic() - start
     crash_point("after_operation")
-    return state, Performed(entry, before, after, position, reason, moments, delta, seconds, waited)
+    return state, Performed(entry, before, after, position, reason, report, delta, seconds, waited)
 
 
 def _morphed(
-    compiled: Compiled, compiler: StageCompiler, state: TrainState, tokens_BT: np.ndarray
-) -> tuple[TrainState, dict[str, int], float]:
-    """Return the new state, what became of its moments, and how far the function has moved."""
-    assert compiled.morph is not None
-    assert compiled.function_delta is not None
-    new, report, finite = compiled.morph(state)
+    change: Change, mesh: Mesh, state: TrainState, tokens_BT: np.ndarray
+) -> tuple[TrainState, Report, float]:
+    """Return the new state, what became of each leaf, and how far the function has moved."""
+    new, report, finite = change.morph(state)
     crash_point("during_operation")
     if not bool(finite):
         raise ValueError("the new parameters or optimizer state would not be finite")
-    rows, tokens = compiled.probe
-    probe = place_batch(compiler.mesh, np.resize(tokens_BT[:, :tokens], (rows, tokens)))
-    delta = compiled.function_delta((state.params, state.gates), (new.params, new.gates), probe)
+    rows, tokens = change.probe
+    probe = place_batch(mesh, np.resize(tokens_BT[:, :tokens], (rows, tokens)))
+    delta = change.function_delta((state.params, state.gates), (new.params, new.gates), probe)
     jax.block_until_ready(new)
-    return new, report.totals, float(delta)
+    return new, report, float(delta)
 
 
 def _failure(entry: Entry, error: Exception) -> str:
@@ -179,8 +181,7 @@ def announcement(done: Performed, operations: int) -> str:
         lines += [f"  {change}" for change in _settings_changed(done)]
     else:
         lines += [f"  Model: {change}" for change in _sizes_changed(done)]
-        counts = ", ".join(f"{count:,} {how}" for how, count in done.moments.items() if count)
-        lines.append(f"  Optimizer state entries: {counts or 'none'}")
+        lines.append(f"  Moved: {done.report}")
         lines.append(f"  Function: max |Δ logits| / RMS of the logits {done.function_delta:.1e}")
     ready = "compiled ahead" if done.waited < 0.1 else f"compiled in {done.waited:.1f} s"
     took = f"{done.seconds:.2f} s" + (f", programs {ready}" if done.after.recompiles else "")

@@ -91,7 +91,7 @@ class Setup:
         return Stint(
             shape=stage.shape,
             architecture=stage.architecture,
-            programs=self.compiler.get(index).programs,
+            programs=self.compiler.programs(index),
             stream=self.streams[stage.shape.model.seq_len],
             validation=_validation(self.corpus, self.plan, stage.shape),
         )

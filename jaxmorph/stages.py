@@ -9,11 +9,9 @@ as much as a step.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,35 +24,32 @@ from jax.sharding import Mesh
 from jaxmorph import transitions
 from jaxmorph.config import Settings
 from jaxmorph.faults import crash_point
+from jaxmorph.morphs import Report
 from jaxmorph.plan import Plan
 from jaxmorph.programs import Programs, Shape, make_programs
 from jaxmorph.run_shape import RunShape
 from jaxmorph.sharding import batch_sharding, replicated
 from jaxmorph.state import TrainState, new_state
 
+Key = tuple[str, int]  # "programs" or "change", and the stage
 _LOWEST_PRIORITY = 19
 _PROBE_TOKENS = 256  # at most, per sequence
 _AHEAD = 2  # stages compiled beforehand: two operations may fire one right after the other
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What a stage runs, ready to run.
+class Change:
+    """The way to a stage by a morph, compiled.
 
     Args:
-      programs: its step and evaluation.
-      morph: from the state before to (state, report, whether it is finite); None where the
-        architecture stays.
+      morph: from the state before to (state, report, whether it is finite).
       function_delta: (old parameters and gates, new ones, probe tokens) -> see `transitions`.
       probe: shape of the probe tokens.
-      seconds: it took to compile.
     """
 
-    programs: Programs
-    morph: Callable[[Any], Any] | None
-    function_delta: Callable[..., jax.Array] | None
+    morph: Callable[[TrainState], tuple[TrainState, Report, jax.Array]]
+    function_delta: Callable[..., jax.Array]
     probe: Shape
-    seconds: float
 
 
 class StageCompiler:
@@ -78,12 +73,12 @@ class StageCompiler:
     ):
         self._plan, self._settings, self.mesh = plan, settings, mesh
         self._total, self._validation_shape = total_steps, validation_shape
-        self._futures: dict[int, Future[Compiled]] = {}
-        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._futures: dict[Key, Future] = {}
+        self._wanted: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # Of what runs once, compiling takes longer than running: on CPU, LLVM need not try hard.
-        self._once = {"xla_backend_optimization_level": 0} if on_cpu else {}
+        self._once: dict[str, Any] = {"xla_backend_optimization_level": 0} if on_cpu else {}
 
     def lazy(self, index: int) -> Programs:
         """Return the programs of stage `index`, not compiled yet."""
@@ -106,36 +101,34 @@ class StageCompiler:
         init: Any = self.lazy(0).init
         return init.lower().compile(self._once)()
 
-    def get(self, index: int) -> Compiled:
-        """Return what stage `index` runs, compiled now unless it is or is about to be.
+    def programs(self, index: int) -> Programs:
+        """Return the step and the evaluation of stage `index`, compiled now unless they are already.
 
         Raises:
-          Exception: what compiling it raised, such as a lack of memory.
+          Exception: what compiling them raised, such as a lack of memory.
         """
-        home = self._home(index)
-        if home not in self._futures:
-            self._futures[home] = future = Future()
-            _fulfil(future, lambda: self._compile(home))
-        return self._futures[home].result()
+        return self._result(("programs", self._home(index)))
 
-    def is_ready(self, index: int) -> bool:
-        """Say whether `get` will return at once."""
-        future = self._futures.get(self._home(index))
-        return future is not None and future.done()
+    def change(self, index: int) -> Change:
+        """Return the morph that leads to stage `index`, compiled now unless it is already.
+
+        Raises:
+          Exception: see `programs`.
+        """
+        return self._result(("change", index))
 
     def prefetch_after(self, index: int) -> None:
         """Begin to compile the stages after `index`, in the background; forget those before it."""
-        home = self._home(index)
-        for gone in [known for known in self._futures if known < home]:
+        for gone in [key for key in self._futures if key[1] < self._home(index)]:
             del self._futures[gone]
         if self._settings.growth.precompile == "off":
             return
-        later = [k for k in range(index + 1, len(self._plan.stages)) if self._home(k) == k]
-        for wanted in later[:_AHEAD]:
-            if wanted not in self._futures:
-                self._futures[wanted] = Future()
-                self._wanted.put(wanted)
-        if self._thread is None and later:
+        later = [self._work_for(k) for k in range(index + 1, len(self._plan.stages))]
+        for key in (key for work in [w for w in later if w][:_AHEAD] for key in work):
+            if key not in self._futures:
+                self._futures[key] = Future()
+                self._wanted.put(key)
+        if self._thread is None and not self._wanted.empty():
             x64 = jax.config.read("jax_enable_x64")
             self._thread = threading.Thread(target=self._work, args=(x64,), daemon=True)
             self._thread.start()
@@ -154,32 +147,50 @@ class StageCompiler:
         with contextlib.suppress(OSError):  # on Linux, of this thread alone: steps come first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         with jax.enable_x64(x64):
-            while (index := self._wanted.get()) is not None:
-                if (future := self._futures.get(index)) is not None:
-                    _fulfil(future, functools.partial(self._compile, index))
+            while (key := self._wanted.get()) is not None:
+                if (future := self._futures.get(key)) is not None:
+                    self._fulfil(key, future)
+
+    def _result(self, key: Key) -> Any:
+        if key not in self._futures:
+            self._futures[key] = Future()
+            self._fulfil(key, self._futures[key])
+        return self._futures[key].result()
+
+    def _fulfil(self, key: Key, future: Future) -> None:
+        kind, index = key
+        compile_it = {"programs": self._compile_programs, "change": self._compile_change}[kind]
+        try:
+            future.set_result(compile_it(index))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _work_for(self, index: int) -> list[Key]:
+        """Return what has to be compiled for the operation that leads to stage `index`."""
+        entry = self._plan.stages[index].entry
+        morph = entry is not None and entry.operation.kind == "morph"
+        programs = self._home(index) == index
+        return [("programs", index)] * programs + [("change", index)] * morph
 
     def _home(self, index: int) -> int:
         """Return the first stage with the same programs as stage `index`."""
         stages = self._plan.stages
         return next((k for k in range(index, 0, -1) if stages[k].recompiles), 0)
 
-    def _compile(self, index: int) -> Compiled:
-        start, shape = time.monotonic(), self._plan.stages[index].shape
-        seq_len, lazy = shape.model.seq_len, self.lazy(index)
-        programs = lazy.compiled((shape.batch_size, seq_len + 1), self._validation_shape(shape))
+    def _compile_programs(self, index: int) -> Programs:
+        shape = self._plan.stages[index].shape
+        batch = (shape.batch_size, shape.model.seq_len + 1)
+        programs = self.lazy(index).compiled(batch, self._validation_shape(shape))
         crash_point("compiling")
-        morph, delta, probe = self._change(index, lazy)
-        return Compiled(programs, morph, delta, probe, time.monotonic() - start)
+        return programs
 
-    def _change(self, index: int, after: Programs) -> tuple[Any, Any, Shape]:
-        """Return the compiled morph to stage `index` and its probe; None where there is none."""
+    def _compile_change(self, index: int) -> Change:
         entry = self._plan.stages[index].entry
-        if entry is None or entry.operation.kind != "morph":
-            return None, None, ()
+        assert entry is not None
         old, new = (self._plan.stages[k].shape.model for k in (index - 1, index))
-        before, everywhere = self.lazy(index - 1), replicated(self.mesh)
+        before, after, everywhere = self.lazy(index - 1), self.lazy(index), replicated(self.mesh)
 
-        def change(state: Any) -> Any:
+        def change(state: TrainState) -> tuple[TrainState, Report, jax.Array]:
             return transitions.morphed(entry, old, new, after.optimizer, state)
 
         _check_same(jax.eval_shape(change, before.abstract_state)[0], after.abstract_state)
@@ -198,8 +209,11 @@ class StageCompiler:
         )
         abstract = [(p.abstract_state.params, p.abstract_state.gates) for p in (before, after)]
         tokens = jax.ShapeDtypeStruct(probe, jnp.int32)
-        lowered = morph.lower(before.abstract_state), delta.lower(*abstract, tokens)
-        return *(one.compile(self._once) for one in lowered), probe
+        return Change(
+            morph.lower(before.abstract_state).compile(self._once),
+            delta.lower(*abstract, tokens).compile(self._once),
+            probe,
+        )
 
 
 def _check_same(got: Any, wanted: Any) -> None:
@@ -209,10 +223,3 @@ def _check_same(got: Any, wanted: Any) -> None:
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
     ):
         assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype), (path, leaf, other)
-
-
-def _fulfil(future: Future, work: Callable[[], Any]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)

@@ -26,6 +26,11 @@ MORPHS: Mapping[str, Morph] = {
     "widen_mlp": morphs.widen_mlp,
     "widen_heads": morphs.widen_heads,
     "widen_embed": morphs.widen_embed,
+    "change_seq_len": morphs.change_seq_len,
+    "set_seq_len": morphs.set_seq_len,
+    "decrease_attn_lora_scaling": morphs.decrease_attn_lora_scaling,
+    "decrease_vocab_lora_scaling": morphs.decrease_vocab_lora_scaling,
+    "merge_lora_weights": morphs.merge_lora_weights,
 }
 _MORPH_STREAM = 2**32 - 1  # no step has this number, so no dropout mask has a morph's key
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import optax
 
 from jaxmorph.architecture import gpt_signatures
@@ -24,6 +25,7 @@ def change_seq_len(
     optimizer: optax.GradientTransformation,
     *,
     value: float,
+    key: jax.Array | None = None,
 ) -> tuple[ModelConfig, TrainState, Report]:
     """Return the GPT with `value` times the context length. Exact at the positions both have.
 
@@ -32,6 +34,7 @@ def change_seq_len(
       state: its state.
       optimizer: makes the optimizer's state.
       value: a factor that gives a whole seq_len; at most 1 where positions are learned.
+      key: not used, as nothing is drawn.
 
     Raises:
       OperationError: a factor that does not; names those near it that do.
@@ -46,6 +49,7 @@ def set_seq_len(
     optimizer: optax.GradientTransformation,
     *,
     value: int,
+    key: jax.Array | None = None,
 ) -> tuple[ModelConfig, TrainState, Report]:
     """Return the GPT with a context of `value` tokens. Exact at the positions both have.
 
@@ -54,6 +58,7 @@ def set_seq_len(
       state: its state.
       optimizer: makes the optimizer's state.
       value: the context length; at most the present one where positions are learned.
+      key: not used, as nothing is drawn.
 
     Raises:
       OperationError: no whole number, or more than the learned positions.
@@ -68,6 +73,7 @@ def _with_seq_len(
     optimizer: optax.GradientTransformation,
     seq_len: int,
     value: float,
+    key: jax.Array | None = None,
 ) -> tuple[ModelConfig, TrainState, Report]:
     check_seq_len(config, seq_len, value)
     signatures = gpt_signatures(config)
