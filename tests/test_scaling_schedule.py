@@ -14,6 +14,7 @@ from test_operations import make_shape
 
 from jaxmorph.errors import InputError
 from jaxmorph.operations import OPERATIONS
+from jaxmorph.plan import make_plan
 from jaxmorph.resolve import parse_mesh, resolve
 from jaxmorph.scaling_schedule import (
     Entry,
@@ -24,7 +25,6 @@ from jaxmorph.scaling_schedule import (
     schedule_sha256,
     walk,
 )
-from jaxmorph.starting import start_shape
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GOOD = {
@@ -338,17 +338,28 @@ def test_there_are_more_than_sixty_malformed_schedules():
     assert len(MALFORMED_ENTRIES) + len(IMPOSSIBLE) + len(MALFORMED_FILES) > 100
 
 
-def test_refusals_import_no_jax(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([entry("widen_mpl")]))
+def test_the_train_door_refuses_every_malformed_schedule_without_jax(tmp_path):
+    schedules = {f"entry {name}": [GOOD, row] for name, (row, *_) in MALFORMED_ENTRIES.items()}
+    for number, rows in enumerate(schedules.values()):
+        (tmp_path / f"{number}.json").write_text(json.dumps(rows))
     code = (
-        "import sys, pathlib\n"
-        "from jaxmorph.scaling_schedule import load_schedule\n"
-        "from jaxmorph.errors import InputError\n"
-        "try: load_schedule(pathlib.Path(sys.argv[1]))\n"
-        "except InputError: sys.exit(2 if 'jax' not in sys.modules else 3)\n"
+        "import sys\n"
+        "from jaxmorph.train import main\n"
+        "for path in sys.argv[1:]:\n"
+        "    assert main(['--scaling_schedule_file', path, '--run_dir', 'run']) == 2, path\n"
+        "assert 'jax' not in sys.modules\n"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 2
+    paths = [str(tmp_path / f"{number}.json") for number in range(len(schedules))]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    messages = done.stderr.splitlines()
+    assert len(messages) == len(paths) >= 60
+    for path, message in zip(paths, messages, strict=True):
+        assert message.startswith(f"error: {path}: entry 2")
+        assert ", expected " in message or ": expected " in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_json_and_yaml_say_the_same(tmp_path):
@@ -502,45 +513,33 @@ def test_written_schedule_reads_the_same(tmp_path):
 
 
 # schedule -> (config file, flags, ranks, layers, d_model, heads, MLP and ranks at the end)
+# schedule: (its config, flags; layers, width, heads, MLP and LoRA ranks at the end)
 PROVIDED = {
     "document_example.json": (
         "openwebtext_gpt2_124m.yaml",
-        [],
-        (48, 32),
+        ["--attn_lora_rank_divisor", "16", "--vocab_lora_rank_divisor", "24"],
         (24, 768, 12, 4608, 48, 32),
     ),
-    "production.json": (
-        "openwebtext_gpt2_124m.yaml",
-        ["--n_layers", "6", "--d_ff", "1536", "--batch_size", "8"],
-        (48, 32),
-        (12, 768, 12, 3072, 96, 64),
-    ),
-    "demo_all_operations.json": (
-        "demo.yaml",
-        [
-            *("--n_layers", "2", "--d_model", "64", "--n_heads", "4"),
-            *("--seq_len", "64", "--batch_size", "8"),
-        ],
-        (16, 8),
-        (6, 128, 8, 384, 32, 4),
-    ),
-    "growth.yaml": ("demo.yaml", [], (0, 0), (8, 192, 9, 1152, 0, 0)),
+    "document_scaled.json": ("lora.yaml", [], (4, 128, 4, 384, 16, 32)),
+    "production.json": ("openwebtext_growth.yaml", [], (12, 768, 12, 3072, 96, 64)),
+    "demo_all_operations.json": ("all_operations.yaml", [], (6, 128, 8, 384, 32, 4)),
+    "growth.yaml": ("demo.yaml", [], (4, 192, 6, 768, 0, 0)),
 }
 
 
 @pytest.mark.parametrize("name", PROVIDED)
 def test_provided_schedule_walks_from_its_config(name):
-    config, flags, (attention, vocabulary), end = PROVIDED[name]
+    config, flags, end = PROVIDED[name]
+    schedule = ["--scaling_schedule_file", str(CONFIGS / "schedules" / name)]
     # The corpora the configs name need not be there.
-    settings, _ = resolve(["--config", str(CONFIGS / config), "--data", "stdlib", *flags])
-    start = start_shape(settings, 256, 10_000)
-    start = start.with_model(attn_lora_rank=attention, vocab_lora_rank=vocabulary)
-    loaded = load_schedule(CONFIGS / "schedules" / name)
-    stages = walk(loaded, start, ONE, name, 10_000)
-    last = stages[-1].shape.model
+    settings, _ = resolve(
+        ["--config", str(CONFIGS / config), "--data", "stdlib", *schedule, *flags]
+    )
+    plan = make_plan(settings, ONE, vocab_size=256, total=10_000)
+    last = plan.stages[-1].shape.model
     sizes = (last.n_layers, last.d_model, last.n_heads, last.d_ff)
     assert (*sizes, last.attn_lora_rank, last.vocab_lora_rank) == end
-    assert [stage.warnings for stage in stages] == [()] * len(stages)
+    assert [stage.warnings for stage in plan.stages] == [()] * len(plan.stages)
 
 
 def test_provided_schedules_are_all_tested_and_the_demo_has_every_operation():
