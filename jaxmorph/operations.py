@@ -168,6 +168,11 @@ _FRESH_NU = Option(
     "second moment of fresh weights, in means of their leaf's",
     within=Within(low=0, high=_MOST),
 )
+_NO_NU = Option(
+    0.0,
+    "second moment of new adapters, in means of the old ones'",
+    within=Within(low=0, high=_MOST),
+)
 _STACK_OPTIONS = {
     "order": Option(
         "stack",
@@ -314,7 +319,7 @@ _MORPHS = [
     Operation(
         "merge_lora_weights", "morph", _NULL,
         "Add the adapters to the weights they adapt, and begin new ones.",
-        run_shape.unchanged, lora="any",
+        run_shape.unchanged, lora="any", options={"fresh_nu": _NO_NU},
     ),
 ]  # fmt: skip
 OPERATIONS: Mapping[str, Operation] = {

@@ -196,7 +196,8 @@ def _sizes_changed(done: Performed) -> list[str]:
         for name in names
         if getattr(old, name) != getattr(new, name)
     ]
-    return [*changes, f"parameters {parameter_count(old):,} -> {parameter_count(new):,}"]
+    counts = parameter_count(old), parameter_count(new)
+    return [*changes, f"parameters {counts[0]:,} -> {counts[1]:,}"] if changes else []
 
 
 def _settings_changed(done: Performed) -> list[str]:

@@ -205,6 +205,7 @@ def widen_embed(
     *,
     value: float,
     key: jax.Array,
+    recipe: str = "even",
 ) -> tuple[ModelConfig, TrainState, Report]:
     """Return the GPT with `value` times the width of its residual stream.
 
@@ -218,10 +219,14 @@ def widen_embed(
       optimizer: makes the optimizer's state.
       value: a whole factor of at least 2.
       key: PRNG key.
+      recipe: `even`, the only one that is exact here.
 
     Raises:
       OperationError: the factor is not whole, or less than 2.
+      InputError: another recipe.
     """
+    if recipe != "even":
+        raise InputError("recipe", "", recipe, "even, as other shares would change the norms")
     if value != int(value) or value < 2:
         raise OperationError(
             value, "a whole multiple of at least 2, as d_model has even shares only"
