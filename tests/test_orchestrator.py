@@ -2,12 +2,24 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxmorph import transitions
 from jaxmorph.checkpoint import Checkpoints
+from jaxmorph.orchestrator import OperationFailedError, perform
+from jaxmorph.plan import make_plan
+from jaxmorph.resolve import resolve
+from jaxmorph.resume import Position
+from jaxmorph.sharding import make_mesh
+from jaxmorph.stages import StageCompiler
+from jaxmorph.state import leaves_by_path
 from jaxmorph.train import main
 
 TINY = [
@@ -222,3 +234,81 @@ def test_growth_on_a_mesh_is_growth_on_one_device(grown, text, tmp_path):
     for name in ("train/loss", "val/loss", "val/loss_after"):
         values = [[line[name] for line in lines if name in line] for lines in (one, many)]
         np.testing.assert_allclose(*values, rtol=1e-4)
+
+
+def test_a_failed_operation_leaves_the_state_and_is_tried_first_on_resume(
+    grown, text, tmp_path, capsys, monkeypatch
+):
+    def too_large(*args, **kwargs):
+        raise MemoryError("out of memory")
+
+    argv = _argv(text, tmp_path / "run", grown.parent / "schedule.json", STEPS)
+    with monkeypatch.context() as patch:
+        patch.setitem(transitions.MORPHS, "stack_layers", too_large)
+        assert main(argv) == 1
+        said = capsys.readouterr().err
+        assert (
+            "operation 4 of the schedule, stack_layers 2, could not be done: out of memory" in said
+        )
+        assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoints' / '3'}" in said
+        assert len(_lines(tmp_path / "run", "operations.jsonl")) == 3
+    assert main(argv) == 0
+    assert _sha256(tmp_path / "run", STEPS) == _sha256(grown, STEPS)
+    records = [_lines(run, "operations.jsonl") for run in (tmp_path / "run", grown)]
+    assert [[r["name"], r["step"], r["reason"]] for r in records[0]] == [
+        [r["name"], r["step"], r["reason"]] for r in records[1]
+    ]
+
+
+def test_a_morph_that_would_not_be_finite_is_not_done(text, tmp_path):
+    """The live state cannot be widened: it is left as it is, every bit of it."""
+    schedule = _write(tmp_path, [_entry("widen_mlp", 2, None, 1)])
+    settings, _ = resolve(_argv(text, tmp_path / "run", schedule, 4))
+    mesh = make_mesh("data=1")
+    plan = make_plan(settings, mesh.shape, vocab_size=256, total=4)
+    compiler = StageCompiler(plan, settings, mesh, 4, lambda shape: (4, 17))
+    state = compiler.initial_state()
+    up = state.params["blocks"]["mlp"]["up"]
+    state.params["blocks"]["mlp"]["up"] = up.at[0, 3, 5].set(np.inf)
+    before = {path: np.array(leaf) for path, leaf in leaves_by_path(state).items()}
+    probe = np.zeros((4, 16), np.int32)
+    with pytest.raises(
+        OperationFailedError, match=r"widen_mlp 2, could not be done: .* not be finite"
+    ):
+        perform(plan, compiler, state, Position(step=1), "timeout", probe, False)
+    for path, leaf in leaves_by_path(state).items():
+        np.testing.assert_array_equal(np.array(leaf), before[path])
+
+
+LORA = ("--attn_lora_rank_divisor", "4", "--vocab_lora_rank_divisor", "8")
+AROUND = [
+    _entry("stack_layers", 2, None, 3, again=True, recipe="identity"),
+    _entry("widen_mlp", 2, None, 3, again=True),
+    _entry("merge_lora_weights", None, None, 3, again=True),
+]
+POINTS = ["during_operation:1", "reevaluation:3", "after_arrays:2"]
+
+
+def test_killed_around_operations_and_resumed_is_the_same_run(text, tmp_path):
+    schedule = _write(tmp_path, AROUND)
+    whole, killed = (
+        _argv(text, tmp_path / name, schedule, 12, *LORA) for name in ("whole", "killed")
+    )
+    assert main(whole) == 0
+    for point in POINTS:
+        process = subprocess.run(
+            [sys.executable, "-m", "jaxmorph.train", *killed],
+            env=os.environ | {"JAXMORPH_CRASH_AT": point},
+            capture_output=True,
+        )
+        assert process.returncode == -signal.SIGKILL, process.stderr
+    assert main(killed) == 0
+    assert _sha256(tmp_path / "killed", 12) == _sha256(tmp_path / "whole", 12)
+    for name in ("metrics.jsonl", "operations.jsonl"):
+        runs = [_timeless(_lines(tmp_path / run, name)) for run in ("whole", "killed")]
+        assert runs[0] == runs[1]
+
+
+def _timeless(lines: list[dict]) -> list[dict]:
+    times = ("step_seconds", "seconds", "compile_wait_seconds")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
