@@ -54,9 +54,6 @@ def jaxmorph_step(shape: Shape, dtype: str) -> tuple[Step, dict[str, Any]]:
     """Return jaxmorph's own training step, and facts about it."""
     from jaxmorph.host_memory import keep_freed_memory
 
-    keep_freed_memory()  # as the train door does
-    from jaxmorph.host_memory import keep_freed_memory
-
     keep_freed_memory()  # as training does, and before JAX starts threads
     import jax
     import numpy as np

@@ -44,7 +44,7 @@ def torch_step(shape: Shape, mode: str, dtype: str) -> tuple[Step, dict[str, Any
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    model: Any = torch_gpt(shape).to(device)
+    model: Any = torch_gpt(shape, 4 * shape.d_model).to(device)
     compiled = torch.compile(model) if mode == "compile" else model
     tokens = torch.randint(0, shape.vocab_size, (shape.batch_size, shape.seq_len + 1))
     inputs, targets = (t.contiguous().to(device) for t in (tokens[:, :-1], tokens[:, 1:]))
@@ -79,7 +79,7 @@ def torch_step(shape: Shape, mode: str, dtype: str) -> tuple[Step, dict[str, Any
     }
 
 
-def torch_gpt(shape: Shape) -> Any:
+def torch_gpt(shape: Shape, d_ff: int) -> Any:
     """Return a GPT-2-style PyTorch module that maps (inputs, targets) to the mean cross-entropy."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
@@ -92,7 +92,7 @@ def torch_gpt(shape: Shape) -> Any:
             super().__init__()
             self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
             self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.up, self.down = nn.Linear(width, d_ff), nn.Linear(d_ff, width)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             split = self.qkv(self.norm_1(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)

@@ -58,7 +58,7 @@ def train(settings: Settings, sources: Sources) -> int:
     with x64, RunLock(run_dir), StopSignals() as signals:
         setup = prepare(settings, sources, run_dir)
         with contextlib.closing(setup.checkpoints), contextlib.closing(setup.compiler):
-            state, position, resumed = _begin_or_resume(setup)
+            state, position, resumed = begin_or_resume(setup)
             if position.step >= setup.total_steps and position.pending is None:
                 print(f"The run is finished: step {position.step} of {setup.total_steps}.")
                 return 0
@@ -82,7 +82,7 @@ def _check_folder(run_dir: Path) -> None:
         )
 
 
-def _begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
+def begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
     """Return state and position to go on from, and whether the run had begun before.
 
     The run folder's files are cut back to that position.
