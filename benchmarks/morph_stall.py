@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -151,7 +152,7 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
     """Return the seconds of the stalls and of the other steps of a run."""
     marks, grew = run["marks"], run["grew_after"]
     # steps[i] ended with marks[i + 1], step i + 2 of the run
-    steps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(marks)]
     stalls = [steps[step - 1] for step in grew]
     first = steps[WARM_UP : grew[0] - 1]
     stages = [first, steps[grew[0] : grew[1] - 1], steps[grew[1] :]]
@@ -169,25 +170,21 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(
-        "way",
-        "stall: MLP ×2 (s)",
-        "stall: layers ×2 (s)",
-        "worst step (s)",
-        "median step by stage (s)",
-        "worst otherwise (s)",
+    columns = (
+        "stall: MLP ×2",
+        "stall: layers ×2",
+        "worst step",
+        "median by stage",
+        "worst by stage",
     )
+    table = Table("way, seconds", *columns)
     for way, rounds in report["rounds"].items():
         for one in rounds:
-            medians = ", ".join(f"{m:.3f}" for m in one["stage_medians"])
-            worst = ", ".join(f"{m:.3f}" for m in one["stage_worst"])
-            table.add_row(
-                way,
-                *(f"{stall:.2f}" for stall in one["stalls"]),
-                f"{one['worst_step']:.2f}",
-                medians,
-                worst,
-            )
+            single = [*one["stalls"], one["worst_step"]]
+            lists = [one["stage_medians"], one["stage_worst"]]
+            cells = [f"{value:.2f}" for value in single]
+            cells += [", ".join(f"{value:.3f}" for value in values) for values in lists]
+            table.add_row(way, *cells)
     console.print(table)
     for name, value in report["ratios"].items():
         console.print(f"{name}: {value:.2f}")
@@ -195,7 +192,9 @@ def show(report: dict[str, Any]) -> None:
 
 def ratios(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """Return what the bars are set on: medians over the rounds."""
-    plain, ahead = rounds["not precompiled"], rounds["precompiled"]
+    plain, ahead = (rounds.get(way, []) for way in ("not precompiled", "precompiled"))
+    if not plain or not ahead:
+        return {}
     pairs = list(zip(ahead, plain, strict=True))
     found = {
         "worst step when precompiled / usual worst step (of the same stages, nothing compiling)": (

@@ -23,6 +23,25 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Files go to the cores one by one, these first, so that none of them is left to one core at the end.
+LONGEST_FIRST = (
+    "test_train",
+    "test_width",
+    "test_depth",
+    "test_programs",
+    "test_model",
+    "test_transport",
+    "test_plot",
+    "test_attention",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by how long they take; the order within a file stays."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    last = len(LONGEST_FIRST)
+    items.sort(key=lambda item: ranks[item.path.stem] if item.path.stem in ranks else last)
+
 
 @pytest.fixture
 def strict_dtypes():

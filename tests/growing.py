@@ -52,23 +52,36 @@ def with_gradient_moments(config: ModelConfig, state: TrainState) -> tuple[Any, 
 def _runs(config: ModelConfig) -> tuple[Any, Any]:
     """The compiled forward pass and gradient of an architecture."""
 
-    def forward(state: TrainState, tokens: jax.Array) -> jax.Array:
-        return model.forward(config, state.params, tokens, gates=state.gates)
+    def forward(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
+        return model.forward(config, params, tokens, gates=gates)
 
-    def loss(params: Any, state: TrainState, tokens: jax.Array) -> jax.Array:
-        return model.loss(config, params, tokens, gates=state.gates)[0]
+    def loss(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
+        return model.loss(config, params, tokens, gates=gates)[0]
 
     return jax.jit(forward), jax.jit(jax.grad(loss))
 
 
+@cache
+def _update(optimizer: Any) -> Any:
+    """The compiled update of an optimizer: parameters, its state, and the updates themselves."""
+
+    def update(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any, Any]:
+        rate = jnp.asarray(3e-3)
+        updates, opt_state = optimizer.update(gradient, opt_state, params, learning_rate=rate)
+        return optax.apply_updates(params, updates), opt_state, updates
+
+    return jax.jit(update)
+
+
 def logits_of(config: ModelConfig, state: TrainState) -> np.ndarray:
     """Logits on the same few tokens always."""
-    return np.asarray(_runs(config)[0](state, jnp.asarray(small_tokens(2, 12))))
+    tokens = jnp.asarray(small_tokens(2, 12))
+    return np.asarray(_runs(config)[0](state.params, state.gates, tokens))
 
 
 def gradient_of(config: ModelConfig, state: TrainState, seed: int = 0) -> Any:
     """Gradient of the loss on a few tokens."""
-    return _runs(config)[1](state.params, state, jnp.asarray(small_tokens(2, 13, seed)))
+    return _runs(config)[1](state.params, state.gates, jnp.asarray(small_tokens(2, 13, seed)))
 
 
 def function_delta(before: np.ndarray, after: np.ndarray) -> float:
@@ -81,12 +94,19 @@ def updates_after(
 ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
     """Train on a text that repeats itself; return the state and the updates of every step."""
     text = np.random.default_rng(7).integers(0, 50, 200)
+<<<<<<< HEAD
     step, seen = _step(config, optimizer), []
+=======
+
+    gradient, update = _runs(config)[1], _update(optimizer)
+    seen = []
+>>>>>>> speed
     rng = np.random.default_rng(8)
     for _ in range(steps):
         starts = rng.integers(0, len(text) - 13, 8)
         tokens = jnp.asarray(np.stack([text[at : at + 13] for at in starts]).astype(np.int32))
-        params, opt_state, updates = step(state.params, state.opt_state, state.gates, tokens)
+        slope = gradient(state.params, state.gates, tokens)
+        params, opt_state, updates = update(slope, state.opt_state, state.params)
         state = dataclasses.replace(state, params=params, opt_state=opt_state)
         seen.append(flat(updates))
     return state, seen
