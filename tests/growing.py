@@ -94,13 +94,9 @@ def updates_after(
 ) -> tuple[TrainState, list[dict[str, np.ndarray]]]:
     """Train on a text that repeats itself; return the state and the updates of every step."""
     text = np.random.default_rng(7).integers(0, 50, 200)
-<<<<<<< HEAD
-    step, seen = _step(config, optimizer), []
-=======
 
     gradient, update = _runs(config)[1], _update(optimizer)
     seen = []
->>>>>>> speed
     rng = np.random.default_rng(8)
     for _ in range(steps):
         starts = rng.integers(0, len(text) - 13, 8)
@@ -110,19 +106,6 @@ def updates_after(
         state = dataclasses.replace(state, params=params, opt_state=opt_state)
         seen.append(flat(updates))
     return state, seen
-
-
-@cache
-def _step(config: ModelConfig, optimizer: Any) -> Any:
-    """The compiled training step of an architecture and an optimizer."""
-
-    def step(params: Any, opt_state: Any, gates: Any, tokens: jax.Array) -> tuple[Any, Any, Any]:
-        gradient = jax.grad(lambda p: model.loss(config, p, tokens, gates=gates)[0])(params)
-        rate = jnp.asarray(3e-3)
-        updates, opt_state = optimizer.update(gradient, opt_state, params, learning_rate=rate)
-        return optax.apply_updates(params, updates), opt_state, updates
-
-    return jax.jit(step)
 
 
 def worst_ratio(
