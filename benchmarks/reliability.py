@@ -2,9 +2,10 @@
 
     python benchmarks/reliability.py --kills 20 --named --json reliability.json
 
-One run trains without interruption. Another one, with the same settings in another run folder, is
-killed by SIGKILL at random (--seed) moments and started again until it is done; with --named a
-third one is killed at every point of `jaxmorph.faults`, at its first, a middle and its last passing.
+One run trains without interruption; it grows in depth, in width, and merges its LoRA adapters.
+Another one, with the same settings in another run folder, is killed by SIGKILL at random (--seed)
+moments and started again until it is done. With --named a third one is killed at the points of
+`jaxmorph.faults` around each of the three morphs (`AROUND`), one after the other.
 At the end the run folders must say the same. The moments are uniform over a process's time, from its
 start to a limit that lets the run be done soon after the last kill. All run on the CPU, from one copy
 of the package: work on it meanwhile changes nothing.
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxmorph
-from jaxmorph.faults import POINTS, VARIABLE
+from jaxmorph.faults import VARIABLE
 from jaxmorph.manifest import problem_of, read_manifest
 
 EVAL_INTERVAL, SAVE_INTERVAL = 50, 20
@@ -44,6 +45,25 @@ CONFIGURATION = {
     **{"n_layers": 2, "d_model": 64, "n_heads": 4, "seq_len": 64, "dropout": 0.1},
     **{"batch_size": 8, "grad_accum_steps": 2, "mesh": "data=1", "eval_iters": 4},
     **{"eval_interval": EVAL_INTERVAL, "checkpoint_interval": SAVE_INTERVAL, "log_interval": 1},
+    **{"attn_lora_rank_divisor": 8, "lora_base": "trained"},
+}
+MORPHS = (  # each a quarter of the run after the one before
+    {"name": "stack_layers", "value": 2, "options": {"recipe": "identity"}},
+    {"name": "widen_mlp", "value": 2},
+    {"name": "merge_lora_weights", "value": None},
+)
+AROUND = {  # where to kill, around which of the morphs
+    "stack_layers": (
+        *("step", "evaluation", "before_operation", "during_operation", "after_operation"),
+        *("reevaluation", "first_step"),
+    ),
+    "widen_mlp": (
+        *("compiling", "during_operation", "operation_recorded", "before_save", "during_save"),
+    ),
+    "merge_lora_weights": (
+        *("before_operation", "during_operation", "reevaluation", "first_step", "after_arrays"),
+        *("after_manifest", "after_save"),
+    ),
 }
 CORPUS_CHARACTERS = 500_000  # so that the run passes through it more than once
 PACKAGES = ("jaxmorph", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -58,9 +78,15 @@ class Run(NamedTuple):
     steps: int
     more: Sequence[str]  # flags
 
+    @property
+    def schedule(self) -> Path:
+        """The schedule file, beside the run folder."""
+        return self.folder.parent / "schedule.json"
+
     def start(self, crash_at: str = "") -> subprocess.Popen:
         """Start a process; what it prints goes to FOLDER.log."""
         paths = {"data": self.corpus, "run_dir": self.folder, "max_steps": self.steps}
+        paths["scaling_schedule_file"] = self.schedule
         flags = [f"--{name}={value}" for name, value in (CONFIGURATION | paths).items()]
         command = [sys.executable, "-m", "jaxmorph.train", *flags, *self.more]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", VARIABLE: crash_at}
@@ -76,6 +102,12 @@ class Run(NamedTuple):
         """Return the bytes of metrics.jsonl, b"" where there is none."""
         path = self.folder / "metrics.jsonl"
         return path.read_bytes() if path.exists() else b""
+
+    def operations(self) -> list[dict[str, Any]]:
+        """Return what has fired, without the times it took."""
+        lines = (self.folder / "operations.jsonl").read_text().splitlines()
+        untimed = {"seconds": 0, "compile_wait_seconds": 0}
+        return [json.loads(line) | untimed for line in lines]
 
     def checkpoints(self) -> list[int]:
         """Return the steps of the committed checkpoints, oldest first; 0 where there is none."""
@@ -137,16 +169,40 @@ def killed_at_random(run: Run, kills: int, seed: int, whole: dict) -> Iterator[d
 
 
 def killed_at_points(run: Run) -> Iterator[dict[str, Any]]:
-    """Yield what was found after a kill at each point's first, a middle and its last passing."""
-    for when in ("first", "middle", "last"):
-        for point in POINTS:
-            newest = run.checkpoints()[-1]
-            saves = math.ceil(run.steps / SAVE_INTERVAL) - newest // SAVE_INTERVAL
-            last = run.steps - newest if point == "step" else saves
-            count = {"first": 1, "middle": 2, "last": last}[when]
+    """Yield what was found after a kill at each point around each of the morphs."""
+    for number, (morph, points) in enumerate(AROUND.items()):
+        for point in points:
+            count = passings(run, point, number)
             end(run, run.start(f"{point}:{count}"), -signal.SIGKILL)
-            yield {"during": f"{point}, {when}"} | after_kill(run)
+            yield {"during": f"{morph}: {point}"} | after_kill(run)
     end(run, run.start(), 0)
+
+
+def passings(run: Run, point: str, number: int) -> int:
+    """Return how often a resumed process passes a point up to the one around a morph.
+
+    Args:
+      run: as it lies there.
+      point: of `jaxmorph.faults`.
+      number: of the morph, from 0.
+    """
+    begun, newest = any(run.folder.glob("checkpoints/[0-9]*")), run.checkpoints()[-1]
+    wait = run.steps // (len(MORPHS) + 1)
+    at = wait * (number + 1)
+    fired = newest // wait  # and in the newest checkpoint
+    match point:
+        case "step":  # the one that ends with the morph
+            return at - newest
+        case "evaluation":  # the second of the batches there
+            before = (at - 1) // EVAL_INTERVAL - newest // EVAL_INTERVAL + (not begun)
+            return before * CONFIGURATION["eval_iters"] + 2
+        case "reevaluation":
+            return (number - fired) * CONFIGURATION["eval_iters"] + 2
+        case "compiling":  # after that of the stage it begins in
+            return 2 + number - fired
+        case "before_save" | "during_save" | "after_arrays" | "after_manifest" | "after_save":
+            return at // SAVE_INTERVAL + 1 - newest // SAVE_INTERVAL + (not begun)
+    return number - fired + 1
 
 
 def occupation(run: Run, before: bytes, newest: int) -> str:
@@ -189,6 +245,7 @@ def differences(whole: Run, killed: Run) -> dict[str, str]:
     left = [path.name for pattern in patterns for path in killed.folder.rglob(pattern)]
     return {
         "state_sha256": _unlike(*(read_manifest(p)["state_sha256"] for p in newest)),
+        "operations.jsonl": _unlike(*(r.operations() for r in runs)),
         "metrics.jsonl": _unlike(*unlike[0]) if unlike else "",
         "each step once": _unlike([], [s for s in range(killed.steps + 1) if times[s] != 1]),
         "checkpoints kept": _unlike(*(r.checkpoints() for r in runs)),
@@ -248,7 +305,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in {"kills": 20, "seed": 0, "steps": 2000}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--named", action="store_true", help="kill at the named points as well")
+    parser.add_argument(
+        "--named", action="store_true", help="kill at named points around the morphs as well"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
     parser.add_argument("more", nargs="*", metavar="-- FLAGS", help="further flags of the runs")
     return parser
@@ -273,6 +332,9 @@ def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     corpus, library = folder / "text.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "".join(path.read_text("utf-8", "replace") for path in library)
     corpus.write_text(text[:CORPUS_CHARACTERS], "utf-8")
+    waits = {"trigger_loss": None, "max_wait_iters": arguments.steps // (len(MORPHS) + 1)}
+    rows = [morph | waits | {"reevaluate": True} for morph in MORPHS]
+    (folder / "schedule.json").write_text(json.dumps(rows))
     names = (folder / name for name in ("undisturbed", "random", "named"))
     whole, by_time, by_name = (Run(n, corpus, arguments.steps, arguments.more) for n in names)
     times, series = undisturbed(whole), []
@@ -288,7 +350,7 @@ def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {n: importlib.metadata.version(n) for n in PACKAGES},
         "python": platform.python_version(),
         "command": " ".join(["python", *sys.argv]),
-        "configuration": {**CONFIGURATION, "max_steps": arguments.steps},
+        "configuration": {**CONFIGURATION, "max_steps": arguments.steps, "schedule": MORPHS},
         "undisturbed": times,
         "series": series,
         "same": not any(any(each["differences"].values()) for each in series),
