@@ -306,7 +306,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, default in {"kills": 20, "seed": 0, "steps": 2000}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument(
-        "--named", action="store_true", help="kill at named points around the morphs as well"
+        "--named", action="store_true", help="kill at points around the morphs as well"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
     parser.add_argument("more", nargs="*", metavar="-- FLAGS", help="further flags of the runs")
