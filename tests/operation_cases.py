@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
+from jaxmorph.architecture import RANK_AXES
+from jaxmorph.signatures import Role, Signature
+
 VOCABULARY, LAYERS, WIDTH, HEADS, HIDDEN, CONTEXT, RANK, BATCH = 12, 2, 8, 2, 16, 8, 4, 4
 _SMALL = [
     *("--n_layers", str(LAYERS), "--d_model", str(WIDTH), "--n_heads", str(HEADS)),
@@ -138,3 +143,67 @@ MORPHS = [
     Morph("merge_lora_weights", None, "", [-1] * RANK, "renewed", (0.0, 0.0), mesh="fsdp=2"),
     Morph("merge_lora_weights", None, "", [-1] * RANK, "renewed", (0.0, 0.0), base="frozen"),
 ]  # fmt: skip
+
+
+def documented_moments(
+    case: Morph, signature: Signature, old: np.ndarray, power: int
+) -> list[tuple[str, Any, np.ndarray]]:
+    """How each part of a leaf's moments came to be: (how, its index, what it holds if not gradients)."""
+    everything = (slice(None),)
+    axis = next(
+        (a for a in signature.axes if a == case.axis or (not case.axis and a in RANK_AXES)), ""
+    )
+    if not axis or not case.source:
+        how = "copied" if case.policy == "copied" or _loses(case) else "gradient"
+        return [(how, everything, old)]
+    at, role, parts = signature.axes.index(axis), signature.role(axis), []
+    source = np.asarray(case.source)
+    for entry, origin in enumerate(source):
+        part = (slice(None),) * at + (entry,)
+        repeats = (source == origin).sum()
+        copied = old[(slice(None),) * at + (max(origin, 0),)]
+        share = 1 / repeats if role is Role.PRODUCED else 1.0
+        how = _how(case, signature, origin, entry in np.unique(source, return_index=True)[1])
+        if how == "fresh":
+            start = _start(case, signature, old, at, origin, power)
+            parts.append((how, part, np.broadcast_to(start, copied.shape)))
+        else:
+            parts.append((how, part, copied * share**power))
+    return parts
+
+
+def _loses(case: Morph) -> bool:
+    """Whether it is a smaller rank, which cannot keep the function."""
+    return case.policy == "renewed" and case.value is not None
+
+
+def _how(case: Morph, signature: Signature, origin: int, first: bool) -> str:
+    match case.policy:
+        case "shared":
+            return "gradient"
+        case "mean share":
+            produced = signature.role(case.axis) is Role.PRODUCED
+            return "copied" if produced else "gradient"
+        case "copied":
+            return "copied"
+        case "begun" | "renewed":
+            return "fresh" if origin < 0 else "gradient"
+        case "silent":
+            fresh = signature.adds_to_residual
+            return "gradient" if first else "fresh" if fresh else "copied"
+        case "masked":
+            return "gradient" if first else "copied"
+
+
+def _start(
+    case: Morph, signature: Signature, old: np.ndarray, at: int, origin: int, power: int
+) -> np.ndarray:
+    """What the fresh moments of one entry of the axis begin with."""
+    if power == 1:
+        return np.zeros(())
+    if signature.stacked and at == 0:
+        return old[origin].mean() * case.fresh_nu[0]
+    consumed = signature.role(signature.axes[at]) is Role.CONSUMED
+    inner = tuple(range(len(signature.stacked), old.ndim))
+    mean = old.mean(inner, keepdims=True).squeeze(at) * case.fresh_nu[consumed]
+    return mean

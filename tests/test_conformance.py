@@ -30,11 +30,12 @@ from operation_cases import (
     VOCABULARY,
     Morph,
     Tuning,
+    documented_moments,
 )
 from small_models import flat
 
 from jaxmorph import model, transitions
-from jaxmorph.architecture import RANK_AXES, frozen_parameters, gpt_signatures
+from jaxmorph.architecture import frozen_parameters, gpt_signatures
 from jaxmorph.checkpoint import Checkpoints
 from jaxmorph.config import ModelConfig, Settings
 from jaxmorph.manifest import state_sha256
@@ -46,7 +47,6 @@ from jaxmorph.resolve import resolve
 from jaxmorph.resume import Position, restore_state
 from jaxmorph.run_shape import RunShape
 from jaxmorph.sharding import make_mesh, place_batch
-from jaxmorph.signatures import Role, Signature
 from jaxmorph.stages import StageCompiler
 from jaxmorph.state import TrainState, leaves_by_path
 
@@ -57,10 +57,12 @@ every_morph = pytest.mark.parametrize("case", MORPHS, ids=LABELS[len(TUNINGS) :]
 TOTAL = 100
 BETA1, BETA2 = 0.9, 0.95  # the defaults
 SETTLED = 3  # batches whose gradients the moments hold
-MESHED = [case for case in MORPHS if case.mesh]
+# The others leave every leaf of the state as it is.
+CHANGING = [case for case in CASES if isinstance(case, Morph) or case.leaves]
+MESHED = [case for case in CASES if isinstance(case, Tuning) or case.mesh]
 
 
-def test_the_table_has_every_operation_and_each_that_leaves_a_choice_twice():
+def test_the_table_has_every_operation_and_every_recipe():
     names = [case.name for case in CASES]
     assert set(names) == set(OPERATIONS)
     for name, operation in OPERATIONS.items():
@@ -68,7 +70,7 @@ def test_the_table_has_every_operation_and_each_that_leaves_a_choice_twice():
             if {"copy", "split"} & set(option.choices):
                 tried = {c.options.get("recipe", option.default) for c in MORPHS if c.name == name}
                 assert tried == set(option.choices)
-    assert {case.name for case in MESHED} == set(transitions.MORPHS)
+    assert {case.name for case in MESHED} == set(OPERATIONS)
 
 
 class Compiler(StageCompiler):
@@ -95,8 +97,16 @@ def _compiler(case: Tuning | Morph, folder: Path, mesh: str = "data=1") -> tuple
     options = case.options if isinstance(case, Morph) else {}
     schedule = folder / "schedule.json"
     schedule.write_text(json.dumps([row | {"options": options}]))
-    settings, devices = _settings(_base(case)), make_mesh(mesh)
-    growth = dataclasses.replace(settings.growth, scaling_schedule_file=str(schedule))
+    return _compiler_of_base(_base(case), mesh, schedule)
+
+
+def _compiler_of_base(
+    base: str, mesh: str = "data=1", schedule: Path | None = None
+) -> tuple[Plan, Compiler]:
+    """The plan of a run, without a schedule that of a single stage, and its compiler."""
+    settings, devices = _settings(base), make_mesh(mesh)
+    file = None if schedule is None else str(schedule)
+    growth = dataclasses.replace(settings.growth, scaling_schedule_file=file)
     settings = dataclasses.replace(settings, growth=growth)
     plan = make_plan(settings, devices.shape, vocab_size=VOCABULARY, total=TOTAL)
     return plan, Compiler(plan, settings, devices, TOTAL, _validation_shape)
@@ -143,22 +153,14 @@ def _loss(programs: Programs, compiler: StageCompiler, shape: RunShape, state: T
 
 
 @cache
-def _begun(base: str) -> tuple[Programs, Compiler, RunShape]:
-    """What a run without a schedule works with."""
-    settings, mesh = _settings(base), make_mesh("data=1")
-    plan = make_plan(settings, mesh.shape, vocab_size=VOCABULARY, total=TOTAL)
-    compiler = Compiler(plan, settings, mesh, TOTAL, _validation_shape)
-    return compiler.programs(0), compiler, plan.start
-
-
-@cache
 def _trained(base: str) -> TrainState:
     """A state, in NumPy, some steps from the start whose moments are of gradients at that point alone.
 
     Those steps done, the moments are set to zero and some more are done at a learning rate of zero.
     Gates are neither 0 nor 1.
     """
-    (programs, compiler, shape), rng = _begun(base), np.random.default_rng(1)
+    (plan, compiler), rng = _compiler_of_base(base), np.random.default_rng(1)
+    programs, shape = compiler.programs(0), plan.start
     state = jax.device_get(compiler.initial_state())
     gates = {
         name: (0.7 + 0.6 * rng.random(gate.shape)).astype(gate.dtype)
@@ -188,6 +190,7 @@ class Outcome:
       before: the state it met, in NumPy.
       after: the state it led to.
       done: what the orchestrator says of it.
+      compiled: what XLA compiled while it was done, all programs having been compiled before.
     """
 
     plan: Plan
@@ -196,6 +199,7 @@ class Outcome:
     before: TrainState
     after: TrainState
     done: Performed
+    compiled: list[str]
 
     @property
     def shapes(self) -> tuple[RunShape, RunShape]:
@@ -232,15 +236,14 @@ def outcome(tmp_path_factory):
 def _performed(case: Tuning | Morph, folder: Path) -> Outcome:
     plan, compiler = _compiler(case, folder)
     before, programs = _trained(_base(case)), (compiler.programs(0), compiler.programs(1))
-    state = _placed(before, programs[0])
-    after, done = _perform(plan, compiler, state)
+    if isinstance(case, Morph):
+        compiler.change(1)
+    state, position = _placed(before, programs[0]), Position(step=STEPS_BEFORE, val_loss=0.5)
+    tokens = _tokens(5)[:, :-1]
+    with _compilations() as compiled:
+        after, done = perform(plan, compiler, state, position, "loss", tokens, False)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
-    return Outcome(plan, compiler, programs, before, after, done)
-
-
-def _perform(plan: Plan, compiler: Compiler, state: TrainState) -> tuple[TrainState, Performed]:
-    position = Position(step=STEPS_BEFORE, val_loss=0.5)
-    return perform(plan, compiler, state, position, "loss", _tokens(5)[:, :-1], False)
+    return Outcome(plan, compiler, programs, before, after, done, compiled)
 
 
 @every_operation
@@ -301,16 +304,19 @@ def test_moments_are_those_of_the_new_net_s_gradients_or_what_is_documented(case
         old, new = (_moments(state, name) for state in (result.before, result.after))
         assert new.keys() == gpt_signatures(config).keys() - frozen_parameters(config)
         for path, signature in gpt_signatures(config).items():
-            if path not in new or path.endswith(
-                "key_bias"
-            ):  # its gradient is zero but for rounding
-                continue
-            for kind, part, expected in _expected(case, signature, path, old[path], power):
+            if path not in new or path.endswith("key_bias"):
+                continue  # frozen; its gradient is zero but for rounding
+            for kind, part, expected in documented_moments(case, signature, old[path], power):
                 if kind == "gradient" and reference is not None:
                     expected = reference[name][path][part]
                     compared += expected.size
                 _assert_close(new[path][part], expected, f"{name} of {path}: {kind}")
     assert (compared > 0) == comparable
+    counts = [
+        [int(leaf) for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 0]
+        for state in (result.before, result.after)
+    ]
+    assert counts[0] == counts[1] == [SETTLED] * len(counts[0])
     totals = result.done.report.totals
     state = jax.tree.leaves(result.after.opt_state)
     assert sum(totals.values()) == sum(leaf.size for leaf in state)
@@ -347,70 +353,6 @@ def _gradients(config: ModelConfig) -> Any:
         return jax.grad(lambda p: model.loss(config, p, tokens_BT, gates=gates)[0])(params)
 
     return jax.jit(jax.vmap(one, (None, None, 0)))
-
-
-def _expected(
-    case: Morph, signature: Signature, path: str, old: np.ndarray, power: int
-) -> list[tuple[str, Any, np.ndarray]]:
-    """How the moments of a leaf came to be: (how, index of a part, what it holds if not gradients)."""
-    everything = (slice(None),)
-    axis = next(
-        (a for a in signature.axes if a == case.axis or (not case.axis and a in RANK_AXES)), ""
-    )
-    if not axis or not case.source:
-        how = "copied" if case.policy == "copied" or _loses(case) else "gradient"
-        return [(how, everything, old)]
-    at, role, parts = signature.axes.index(axis), signature.role(axis), []
-    source = np.asarray(case.source)
-    for entry, origin in enumerate(source):
-        part = (slice(None),) * at + (entry,)
-        repeats = (source == origin).sum()
-        copied = old[(slice(None),) * at + (max(origin, 0),)]
-        share = 1 / repeats if role is Role.PRODUCED else 1.0
-        how = _how(case, signature, origin, entry in np.unique(source, return_index=True)[1])
-        if how == "fresh":
-            start = _start(case, signature, old, at, origin, power)
-            parts.append((how, part, np.broadcast_to(start, copied.shape)))
-        else:
-            parts.append((how, part, copied * share**power))
-    return parts
-
-
-def _loses(case: Morph) -> bool:
-    """Whether it is a smaller rank, which cannot keep the function."""
-    return case.policy == "renewed" and case.value is not None
-
-
-def _how(case: Morph, signature: Signature, origin: int, first: bool) -> str:
-    match case.policy:
-        case "shared":
-            return "gradient"
-        case "mean share":
-            produced = signature.role(case.axis) is Role.PRODUCED
-            return "copied" if produced else "gradient"
-        case "copied":
-            return "copied"
-        case "begun" | "renewed":
-            return "fresh" if origin < 0 else "gradient"
-        case "silent":
-            fresh = signature.adds_to_residual
-            return "gradient" if first else "fresh" if fresh else "copied"
-        case "masked":
-            return "gradient" if first else "copied"
-
-
-def _start(
-    case: Morph, signature: Signature, old: np.ndarray, at: int, origin: int, power: int
-) -> np.ndarray:
-    """What the fresh moments of one entry of the axis begin with."""
-    if power == 1:
-        return np.zeros(())
-    if signature.stacked and at == 0:
-        return old[origin].mean() * case.fresh_nu[0]
-    consumed = signature.role(signature.axes[at]) is Role.CONSUMED
-    inner = tuple(range(len(signature.stacked), old.ndim))
-    mean = old.mean(inner, keepdims=True).squeeze(at) * case.fresh_nu[consumed]
-    return mean
 
 
 def _assert_close(found: np.ndarray, expected: np.ndarray, what: str) -> None:
@@ -451,11 +393,11 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_checkpoint_right_before_an_operation_holds_the_state(base, checkpoints):
-    programs, _, _ = _begun(base)
-    _assert_restored(checkpoints, list(BASES).index(base), _trained(base), programs)
+    _, compiler = _compiler_of_base(base)
+    _assert_restored(checkpoints, list(BASES).index(base), _trained(base), compiler.lazy(0))
 
 
-@every_operation
+@pytest.mark.parametrize("case", CHANGING, ids=[LABELS[CASES.index(case)] for case in CHANGING])
 def test_a_checkpoint_right_after_it_holds_the_state(case, outcome, checkpoints):
     result, step = outcome(case), len(BASES) + CASES.index(case)
     checkpoints.save(step, leaves_by_path(result.after), {}, score=None, wait=True)
@@ -473,23 +415,34 @@ def _assert_restored(
     assert all(jax.tree.leaves(placed))
 
 
-@pytest.mark.parametrize("case", MESHED, ids=[case.label for case in MESHED])
+@pytest.mark.parametrize("case", MESHED, ids=[LABELS[CASES.index(case)] for case in MESHED])
 def test_two_devices_do_what_one_does_from_the_same_checkpoint(
     case, outcome, checkpoints, tmp_path
 ):
-    result = outcome(case)
-    _, compiler = _compiler(case, tmp_path, case.mesh)
+    result, mesh = outcome(case), case.mesh if isinstance(case, Morph) else "fsdp=2"
+    plan, compiler = _compiler(case, tmp_path, mesh)
     assert compiler.mesh.devices.size == 2
-    first, second = compiler.lazy(0), compiler.lazy(1)
-    step, shardings = list(BASES).index(_base(case)), leaves_by_path(second.state_shardings)
-    state = restore_state(checkpoints, step, first.abstract_state, first.state_shardings)
-    new, report, finite = compiler.change(1).morph(state)
-    assert bool(finite)
-    assert report.lines == result.done.report.lines
+    state = _restored_on(mesh, _base(case), checkpoints)
+    if isinstance(case, Morph):
+        new, report, finite = compiler.change(1).morph(state)
+        assert bool(finite)
+        assert report.lines == result.done.report.lines
+    else:
+        before, after = result.shapes
+        new = transitions.retuned(plan.entries[0], before, after, state, False)
     expected = leaves_by_path(result.after)
+    shardings = leaves_by_path(compiler.lazy(1).state_shardings)
     for path, leaf in leaves_by_path(new).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
         assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
+
+
+@cache
+def _restored_on(mesh: str, base: str, checkpoints: Checkpoints) -> TrainState:
+    """The state before every operation, from a checkpoint, on other devices than it was saved from."""
+    programs = _compiler_of_base(base, mesh)[1].lazy(0)
+    step, shardings = list(BASES).index(base), programs.state_shardings
+    return restore_state(checkpoints, step, programs.abstract_state, shardings)
 
 
 @contextmanager
@@ -522,9 +475,7 @@ def test_what_has_been_compiled_before_is_all_that_has_to_be(case, outcome):
     if operation.kind == "hyperparameter" and not case.name.endswith("batch_size"):
         assert not operation.recompiles
     assert (result.programs[1] is result.programs[0]) != stage.recompiles
-    state = _placed(result.before, result.programs[0])
     with _compilations() as compiled:
-        after, _ = _perform(result.plan, result.compiler, state)
-        _loss(result.programs[1], result.compiler, result.shapes[1], after)
-        _update(result.programs[1], result.compiler, result.shapes[1], after)
-    assert compiled == []
+        _loss(result.programs[1], result.compiler, result.shapes[1], result.after)
+        result.next_update()
+    assert compiled == result.compiled == []
