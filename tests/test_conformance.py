@@ -260,7 +260,7 @@ def test_function_is_kept_where_the_table_says_so_and_changed_where_not(case, ou
         new = {name: jnp.asarray(gate) for name, gate in result.after.gates.items()}
         states = (result.before.params, result.before.gates), (result.after.params, new)
         delta = float(_function_delta(before.model)(*states, _tokens(5)[:, :-1]))
-    assert delta <= 1e-5 if exact else 1e-3 < delta < 2, delta
+    assert delta <= 1e-5 if exact else 1e-3 < delta < 5, delta
 
 
 @cache
