@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxmorph import model, morphs
@@ -132,4 +133,5 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _like(leaf: jax.Array, value: float) -> jax.Array:
-    return jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)
+    # by NumPy: JAX would compile the conversion
+    return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
