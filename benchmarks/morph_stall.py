@@ -9,8 +9,8 @@ and PyTorch, where the model is rebuilt with the old weights, the optimizer with
 
 A step here lasts from the end of one update to the end of the next, and so has in it whatever happens
 between the two: an operation, tracing, or the share of the cores that a background compilation takes.
-`usual` are the steps of the first stage of the run that compiles nothing in the background; the first
-three are left out. There are no evaluations and no checkpoints in between.
+Usual are the steps of the run that compiles nothing in the background, stage by stage. Every step but
+the run's first counts. There are no evaluations and no checkpoints in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from typing import Any
 
 WAYS = ("precompiled", "not precompiled", "torch")
 SIZES = {"n_layers": 4, "d_model": 192, "n_heads": 6, "seq_len": 128, "batch_size": 16}
-WARM_UP = 3  # steps
 
 
 def jaxmorph_marks(arguments: argparse.Namespace, precompile: str) -> dict[str, Any]:
@@ -154,11 +153,11 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
     # steps[i] ended with marks[i + 1], step i + 2 of the run
     steps = [after - before for before, after in itertools.pairwise(marks)]
     stalls = [steps[step - 1] for step in grew]
-    first = steps[WARM_UP : grew[0] - 1]
-    stages = [first, steps[grew[0] : grew[1] - 1], steps[grew[1] :]]
+    edges = [1, *grew, len(steps) + 1]  # the first step, which may still warm up, is not among them
+    stages = [steps[a - (k == 0) : b - 1] for k, (a, b) in enumerate(itertools.pairwise(edges))]
     return {
         "stalls": stalls,
-        "worst_step": max(steps[WARM_UP:]),
+        "worst_step": max(steps),
         "stage_medians": [statistics.median(stage) for stage in stages],
         "stage_worst": [max(stage) for stage in stages],
     }
@@ -197,18 +196,23 @@ def ratios(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         return {}
     pairs = list(zip(ahead, plain, strict=True))
     found = {
-        "worst step when precompiled / usual worst step (of the same stages, nothing compiling)": (
-            statistics.median(a["worst_step"] / max(p["stage_worst"]) for a, p in pairs)
+        "worst step, precompiling / not, over stages": statistics.median(
+            max(a / b for a, b in zip(x["stage_worst"], p["stage_worst"], strict=True))
+            for x, p in pairs
         ),
-        "stall not precompiled / precompiled, MLP": statistics.median(
-            p["stalls"][0] / a["stalls"][0] for a, p in pairs
-        ),
-        "stall not precompiled / precompiled, layers": statistics.median(
-            p["stalls"][1] / a["stalls"][1] for a, p in pairs
+        "stall, precompiled / worst usual step of the stage after it": statistics.median(
+            max(a / b for a, b in zip(x["stalls"], p["stage_worst"][1:], strict=True))
+            for x, p in pairs
         ),
     }
-    for torch, ahead_one in zip(rounds.get("torch", []), ahead, strict=False):
-        found["stall of torch / precompiled, layers"] = torch["stalls"][1] / ahead_one["stalls"][1]
+    for k, name in enumerate(("MLP", "layers")):
+        found[f"stall, not precompiled / precompiled, {name}"] = statistics.median(
+            p["stalls"][k] / a["stalls"][k] for a, p in pairs
+        )
+    if torch := rounds.get("torch"):
+        found["stall, torch / precompiled, layers"] = statistics.median(
+            t["stalls"][1] / a["stalls"][1] for t, a in zip(torch, ahead, strict=False)
+        )
     return found
 
 

@@ -116,6 +116,11 @@ class Checkpoints:
         if wait or self._thread is None:
             self.wait()
 
+    def discard(self, step: int) -> None:
+        """Remove the checkpoint of a step, so that another can take its place; older ones stay."""
+        self.wait()
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
     def wait(self) -> None:
         """Wait until what was saved is committed.
 

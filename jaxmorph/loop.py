@@ -18,7 +18,14 @@ from jaxmorph.config import Settings
 from jaxmorph.errors import InputError
 from jaxmorph.faults import crash_point
 from jaxmorph.metrics import DivergedError, StepLog, make_trackers, peak_flops
-from jaxmorph.orchestrator import OperationFailedError, Reason, announcement, perform
+from jaxmorph.orchestrator import (
+    OperationFailedError,
+    Performed,
+    Reason,
+    announcement,
+    failure,
+    perform,
+)
 from jaxmorph.preparation import Setup, Stint, prepare
 from jaxmorph.progress import Progress, make_progress
 from jaxmorph.report import write_report
@@ -104,9 +111,11 @@ def begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
         write_text_atomically(run_dir / "schedule.json", schedule_json(setup.plan.entries))
     kept = -1 if step is None else position.step
     (run_dir / "operations.jsonl").touch()
-    for name in ("metrics.jsonl", "operations.jsonl"):
-        with JsonLines(run_dir / name) as lines:
-            lines.cut_back_to_step(kept)
+    with JsonLines(run_dir / "metrics.jsonl") as lines:
+        lines.cut_back_to_step(kept)
+    # By number, not by step: an operation that failed at the checkpoint's step may have come later.
+    with JsonLines(run_dir / "operations.jsonl") as lines:
+        lines.cut_back(lambda record: record["index"] < position.next_operation)
     return state, position, step is not None
 
 
@@ -173,17 +182,26 @@ class Loop:
         self._setup.compiler.prefetch_after(self._position.next_operation)
         self._log.restart_clock()
         if self._resumed:
-            if self._position.pending is not None:
-                self._operate(self._position.pending)
+            self._retry()
             return
         self._evaluate()
         self._operate_while_due(self._position.val_loss)
+        self._save()
+
+    def _retry(self) -> None:
+        """Do what could not be done when the checkpoint was saved, and save in its place."""
+        if self._position.pending is None:
+            return
+        self._position = dataclasses.replace(self._position, pending=None)
+        self._operate_while_due(self._position.val_loss)
+        self._setup.checkpoints.discard(self._position.step)
         self._save()
 
     def _steps(self, signals: StopSignals) -> None:
         while self._position.step < self._setup.total_steps and signals.received is None:
             with contextlib.closing(self._batches()) as batches:
                 self._steps_of_stint(batches, signals)
+        self._save()  # a signal may have come after the last step's own
 
     def _batches(self) -> Generator[np.ndarray, None, None]:
         return self._stint.stream.batches(self._position.examples, self._stint.shape.batch_size)
@@ -201,7 +219,8 @@ class Loop:
                 sums = programs.accumulate(self._state, sums, batch, np.int32(index))
             self._state, sums, metrics = programs.update(self._state, sums, micro_batches)
             self._position = stint.after_step(self._position)
-            if self._position.step == self._position.last_operation_step + 1:
+            last = self._position.last_operation_step
+            if self._position.next_operation and self._position.step == last + 1:
                 crash_point("first_step")
             self._log.step(stint.totals(self._position), metrics)
             if self._after_step(signals):
@@ -242,41 +261,42 @@ class Loop:
           OperationFailedError: it could not be done; a checkpoint of the state before it is saved.
         """
         self._log.flush_to_held()  # no step is under way from here on
-        setup, position = self._setup, self._position
+        before = self._state, self._position, self._stint
+        entry = self._setup.plan.entries[self._position.next_operation]
         try:
-            self._state, done = perform(
-                setup.plan,
-                setup.compiler,
-                self._state,
-                position,
-                reason,
-                self._stint.validation[0][:, :-1],
-                self._settings.optimizer.allow_warmup_past_end,
-            )
-        except OperationFailedError:
+            done = self._perform(reason)
+            if entry.reevaluate:
+                self._evaluate(again=True)
+        except Exception as error:  # whatever it is, the run is to end as it was before
+            self._state, position, self._stint = before
             self._position = dataclasses.replace(position, pending=reason)
             self._save()
-            raise
-        self._progress.note(announcement(done, len(setup.plan.entries)))
-        self._position = dataclasses.replace(
-            position,
-            next_operation=position.next_operation + 1,
-            last_operation_step=position.step,
-            pending=None,
-        )
-        self._enter(self._position.next_operation)
-        again = done.entry.reevaluate
-        if again:
-            self._evaluate(again=True)
-        self._operations.write(done.line(self._position.val_loss if again else None))
+            raise OperationFailedError(failure(entry, error)) from error
+        self._operations.write(done.line(self._position.val_loss if entry.reevaluate else None))
         crash_point("operation_recorded")
+        self._setup.compiler.prefetch_after(self._position.next_operation)
         self._log.restart_clock()
 
-    def _enter(self, index: int) -> None:
-        """Work with stage `index` from now on."""
-        old, self._stint = self._stint, self._setup.stint(index)
-        self._position = self._setup.moved(self._position, old, self._stint)
-        self._setup.compiler.prefetch_after(index)
+    def _perform(self, reason: Reason) -> Performed:
+        """Change the state by the next operation, and work with the stage it leads to."""
+        setup, position, old = self._setup, self._position, self._stint
+        self._state, done = perform(
+            setup.plan,
+            setup.compiler,
+            self._state,
+            position,
+            reason,
+            old.validation[0][:, :-1],
+            self._settings.optimizer.allow_warmup_past_end,
+        )
+        index = position.next_operation + 1
+        self._stint = setup.stint(index)
+        position = dataclasses.replace(
+            position, next_operation=index, last_operation_step=position.step
+        )
+        self._position = setup.moved(position, old, self._stint)
+        self._progress.note(announcement(done, len(setup.plan.entries)))
+        return done
 
     def _evaluate(self, again: bool = False) -> None:
         """Evaluate on the validation batches and record it; after an operation, `again`."""

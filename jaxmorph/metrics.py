@@ -95,11 +95,13 @@ class StepLog:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Add an evaluation's values to the line of `step`, the newest one."""
         self.flush_to_held()
+        self.restart_clock()
         if self._held is None:
+            if self._lines.amend_last(step, values):  # written before the run was resumed
+                return
             self._held = {"step": step}
         assert self._held["step"] == step
         self._held.update(values)
-        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Take the time from here on as the next step's: evaluations and operations are no steps."""

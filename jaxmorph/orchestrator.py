@@ -109,24 +109,19 @@ def perform(
       allow_warmup_past_end: see the setting.
 
     Raises:
-      OperationFailedError: it could not be done, whatever the reason.
+      Exception: whatever hindered it: a lack of memory, a state that would not be finite.
     """
     crash_point("before_operation")
     index, start = position.next_operation, time.monotonic()
     entry, before, after = plan.entries[index], plan.stages[index], plan.stages[index + 1]
-    try:
-        compiler.programs(index + 1)  # before anything is changed: compiling them may fail
-        change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
-        waited = time.monotonic() - start
-        if change is not None:
-            state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
-        else:
-            report, delta = Report(()), None
-            state = transitions.retuned(
-                entry, before.shape, after.shape, state, allow_warmup_past_end
-            )
-    except Exception as error:
-        raise OperationFailedError(_failure(entry, error)) from error
+    compiler.programs(index + 1)  # before anything is changed: compiling them may fail
+    change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
+    waited = time.monotonic() - start
+    if change is not None:
+        state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
+    else:
+        report, delta = Report(()), None
+        state = transitions.retuned(entry, before.shape, after.shape, state, allow_warmup_past_end)
     seconds = time.monotonic() - start
     crash_point("after_operation")
     return state, Performed(entry, before, after, position, reason, report, delta, seconds, waited)
@@ -147,7 +142,8 @@ def _morphed(
     return new, report, float(delta)
 
 
-def _failure(entry: Entry, error: Exception) -> str:
+def failure(entry: Entry, error: Exception) -> str:
+    """Return what to say of an operation that could not be done."""
     words = str(error).strip().splitlines()
     cause = words[0] if words else type(error).__name__
     return f"operation {entry.number} of the schedule, {title(entry)}, could not be done: {cause}"

@@ -164,6 +164,17 @@ class JsonLines:
 
         return self.cut_back(keep)
 
+    def amend_last(self, step: int, values: Mapping[str, Any]) -> bool:
+        """Add values to the last line, at once or not at all, if it is that of `step`; say whether."""
+        lines = self._path.read_text("utf-8").splitlines() if self._path.exists() else []
+        last = json.loads(lines[-1]) if lines else {"step": None}
+        if last["step"] != step:
+            return False
+        self.close()
+        lines[-1] = json.dumps(_plain(last | values), allow_nan=False, ensure_ascii=False)
+        write_text_atomically(self._path, "\n".join(lines) + "\n")
+        return True
+
     def close(self) -> None:
         """Close the file; another write opens it again."""
         if self._file is not None:

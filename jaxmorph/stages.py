@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -142,8 +143,9 @@ class StageCompiler:
 
     def _work(self, x64: bool) -> None:
         """Compile what is wanted; x64 is a thread's own setting in JAX."""
-        with contextlib.suppress(OSError):  # on Linux, of this thread alone: steps come first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        if sys.platform == "linux":  # there, of this thread alone: steps come first
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         with jax.enable_x64(x64):
             while (key := self._wanted.get()) is not None:
                 if (future := self._futures.get(key)) is not None:

@@ -99,6 +99,8 @@ def start_warnings(settings: Settings, start: RunShape) -> list[str]:
         "eval_iters": (settings.run.eval_iters, "eval_iters_multiplier"),
         "eval_interval": (settings.run.eval_interval, "eval_interval_multiplier"),
     }
+    if settings.optimizer.warmup_steps:
+        counts["warmup_steps"] = settings.optimizer.warmup_steps, "warmup_iters_multiplier"
     warnings = []
     for name, (count, multiplier) in counts.items():
         factor, got = getattr(settings.growth, multiplier), getattr(start, name)

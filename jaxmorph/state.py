@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +110,3 @@ def from_leaves(abstract: Any, leaves: dict[str, Any]) -> Any:
     paths = list(leaves_by_path(abstract))
     assert set(paths) == set(leaves), set(paths) ^ set(leaves)
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in paths])
-
-
-def abstract_state(build: Callable[[], TrainState]) -> TrainState:
-    """Return the shapes and dtypes of the state that `build` makes, without making it."""
-    return jax.eval_shape(build)

@@ -44,6 +44,10 @@ def _dry_run(settings: Settings, plan: Plan, total: int | None) -> str:
     parts += [f"warning: {warning}" for warning in plan.stages[0].warnings]
     if plan.entries:
         parts.append(walk_report(plan.stages, settings.optimizer))
+        if not plan.start.model.vocab_size:
+            parts.append(
+                "The vocabulary, known once the corpus is read, comes on top of each model."
+            )
     if settings.growth.simulate_loss:
         curve = read_curve(Path(settings.growth.simulate_loss))
         end = curve[-1][0] if total is None else total

@@ -16,7 +16,7 @@ from jaxmorph.blocks import Gates, Params
 from jaxmorph.config import ModelConfig
 from jaxmorph.morphs.transport import Report
 from jaxmorph.precision import wide_dtype
-from jaxmorph.run_shape import RunShape
+from jaxmorph.run_shape import RunShape, scaled_count
 from jaxmorph.scaling_schedule import Entry
 from jaxmorph.schedules import restarted_warmup
 from jaxmorph.state import TrainState
@@ -79,12 +79,16 @@ def retuned(
       state: the state before.
       allow_past_end: whether a warmup need not be over before training is.
     """
-    knobs, gates, values = state.knobs, state.gates, {}
+    knobs, gates, plateau, values = state.knobs, state.gates, state.plateau, {}
     step, total, start = (int(n) for n in (state.step, knobs.total_steps, knobs.schedule_start))
     warmup = int(knobs.warmup_steps)
     if entry.name == "reset_lr_schedule":
         values["schedule_start"] = start = step
-    if after.warmup_steps != before.warmup_steps:
+        plateau = _anew(plateau)
+    if entry.name == "change_warmup_iters":  # of the warmup there is: a restart may have cut it
+        assert entry.value is not None
+        warmup = scaled_count(warmup, entry.value)
+    elif after.warmup_steps != before.warmup_steps:
         warmup = after.warmup_steps
     if not allow_past_end or start:
         warmup = restarted_warmup(warmup, start, total)
@@ -94,7 +98,16 @@ def retuned(
     if after.lora_alpha != before.lora_alpha:
         gates = gates | {"lora_alpha": _like(gates["lora_alpha"], after.lora_alpha)}
     changed = {name: _like(getattr(knobs, name), value) for name, value in values.items()}
-    return dataclasses.replace(state, gates=gates, knobs=dataclasses.replace(knobs, **changed))
+    knobs = dataclasses.replace(knobs, **changed)
+    return dataclasses.replace(state, gates=gates, knobs=knobs, plateau=plateau)
+
+
+def _anew(plateau: Any) -> Any:
+    """Return the state of reduce_on_plateau as it was before the first evaluation."""
+    first = {"scale": 1, "best_value": np.inf} | dict.fromkeys(
+        ("plateau_count", "cooldown_count", "count", "avg_value"), 0
+    )
+    return plateau._replace(**{n: _like(getattr(plateau, n), value) for n, value in first.items()})
 
 
 def function_delta(

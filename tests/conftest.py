@@ -25,6 +25,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files go to the cores one by one, these first, so that none of them is left to one core at the end.
 LONGEST_FIRST = (
+    "test_orchestrator",
+    "test_conformance",
+    "test_lora_morphs",
     "test_train",
     "test_width",
     "test_depth",

@@ -143,19 +143,6 @@ def test_a_run_is_not_resumed_on_another_corpus(finished, tmp_path, capsys):
     assert "the corpus the run began with" in capsys.readouterr().err
 
 
-def test_killed_and_resumed_is_the_same_run(finished, text, tmp_path):
-    run_dir = tmp_path / "killed"
-    argv = _argv(text, run_dir)
-    # in a step after a checkpoint, while arrays are written, before the manifest, after the commit
-    for point in ("step:7", "during_save:1", "after_arrays:1", "after_save:1"):
-        process = _start(argv, JAXMORPH_CRASH_AT=point)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, errors
-    assert main(argv) == 0
-    assert _losses(run_dir) == _losses(finished)
-    assert _manifest(run_dir, 12)["state_sha256"] == _manifest(finished, 12)["state_sha256"]
-
-
 def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_used(finished, text, tmp_path, capsys):
     run_dir = tmp_path / "corrupt"
     assert main(_argv(text, run_dir, 8)) == 0
