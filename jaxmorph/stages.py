@@ -77,7 +77,6 @@ class StageCompiler:
         self._futures: dict[Key, Future] = {}
         self._wanted: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._once = _quick_compilation(mesh.devices.flat[0].platform)
 
     def lazy(self, index: int) -> Programs:
         """Return the programs of stage `index`, not compiled yet."""
@@ -98,7 +97,7 @@ class StageCompiler:
     def initial_state(self) -> TrainState:
         """Return the state before the first step."""
         init: Any = self.lazy(0).init
-        return init.lower().compile(self._once)()
+        return init.lower().compile(_quick_compilation(self.mesh.devices.flat[0].platform))()
 
     def programs(self, index: int) -> Programs:
         """Return the step and the evaluation of stage `index`, compiled now unless they are already.
@@ -210,8 +209,8 @@ class StageCompiler:
         abstract = [(p.abstract_state.params, p.abstract_state.gates) for p in (before, after)]
         tokens = jax.ShapeDtypeStruct(probe, jnp.int32)
         return Change(
-            morph.lower(before.abstract_state).compile(self._once),
-            delta.lower(*abstract, tokens).compile(self._once),
+            morph.lower(before.abstract_state).compile(),
+            delta.lower(*abstract, tokens).compile(),
             probe,
         )
 
@@ -228,8 +227,8 @@ def _check_same(got: Any, wanted: Any) -> None:
 def _quick_compilation(platform: str) -> dict[str, Any]:
     """Return XLA's options for a program that runs once: compiling it takes longer than running it.
 
-    On CPU, without LLVM's optimisations and, in jaxlib 0.10, with the emitters that need least time, a
-    morph compiles about eight times as fast.
+    On CPU, without LLVM's optimisations and, in jaxlib 0.10, with the emitters that need least time,
+    drawing the initial parameters compiles about eight times as fast.
     """
     if platform != "cpu":
         return {}
