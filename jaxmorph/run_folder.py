@@ -167,11 +167,11 @@ class JsonLines:
     def amend_last(self, step: int, values: Mapping[str, Any]) -> bool:
         """Add values to the last line, at once or not at all, if it is that of `step`; say whether."""
         lines = self._path.read_text("utf-8").splitlines() if self._path.exists() else []
-        last = json.loads(lines[-1]) if lines else {"step": None}
+        last: dict[str, Any] = json.loads(lines[-1]) if lines else {"step": None}
         if last["step"] != step:
             return False
         self.close()
-        lines[-1] = json.dumps(_plain(last | values), allow_nan=False, ensure_ascii=False)
+        lines[-1] = json.dumps(_plain({**last, **values}), allow_nan=False, ensure_ascii=False)
         write_text_atomically(self._path, "\n".join(lines) + "\n")
         return True
 
