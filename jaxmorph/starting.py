@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from jaxmorph.config import ModelConfig, Settings
 from jaxmorph.run_shape import OperationError, RunShape, divided, scaled_count, scaled_number
 
 DEFAULT_MAX_STEPS = 2000
+Number = TypeVar("Number", int, float)
 
 
 def start_shape(settings: Settings, vocab_size: int | None, total: int | None) -> RunShape:
@@ -24,14 +28,16 @@ def start_shape(settings: Settings, vocab_size: int | None, total: int | None) -
     growth, rate = settings.growth, settings.optimizer.learning_rate
     return RunShape(
         model=model_config(settings, vocab_size or 0),
-        batch_size=_count(settings.data.batch_size, "batch_size_multiplier", settings),
-        grad_accum_steps=_count(settings.data.grad_accum_steps, "grad_accum_multiplier", settings),
-        eval_iters=_count(settings.run.eval_iters, "eval_iters_multiplier", settings),
-        eval_interval=_count(settings.run.eval_interval, "eval_interval_multiplier", settings),
+        **{
+            name: _scaled(scaled_count, count, multiplier, settings)
+            for name, (count, multiplier) in _counts(settings).items()
+        },
         warmup_steps=warmup_steps(settings, total or 0),
         learning_rate=rate,
         lr_multiplier=growth.lr_multiplier,
-        lora_alpha=_number(settings.model.lora_alpha, "lora_alpha_multiplier", settings),
+        lora_alpha=_scaled(
+            scaled_number, settings.model.lora_alpha, "lora_alpha_multiplier", settings
+        ),
     )
 
 
@@ -88,17 +94,12 @@ def warmup_steps(settings: Settings, total: int) -> int:
     """Return the steps of warmup at the start: as given, or 5 % of the total, floored."""
     given = settings.optimizer.warmup_steps
     steps = total * 5 // 100 if given is None else given
-    return steps and _count(steps, "warmup_iters_multiplier", settings)
+    return steps and _scaled(scaled_count, steps, "warmup_iters_multiplier", settings)
 
 
 def start_warnings(settings: Settings, start: RunShape) -> list[str]:
     """Return what was rounded on the way to the start's counts, a sentence each."""
-    counts = {
-        "batch_size": (settings.data.batch_size, "batch_size_multiplier"),
-        "grad_accum_steps": (settings.data.grad_accum_steps, "grad_accum_multiplier"),
-        "eval_iters": (settings.run.eval_iters, "eval_iters_multiplier"),
-        "eval_interval": (settings.run.eval_interval, "eval_interval_multiplier"),
-    }
+    counts = _counts(settings)
     if settings.optimizer.warmup_steps:
         counts["warmup_steps"] = settings.optimizer.warmup_steps, "warmup_iters_multiplier"
     warnings = []
@@ -130,16 +131,21 @@ def _rank(settings: Settings, flag: str) -> int:
     return rank
 
 
-def _count(count: int, multiplier: str, settings: Settings) -> int:
-    factor = getattr(settings.growth, multiplier)
-    try:
-        return scaled_count(count, factor)
-    except OperationError as error:
-        raise OperationError(error.got, error.expected, multiplier) from None
+def _counts(settings: Settings) -> dict[str, tuple[int, str]]:
+    """Return the counts of a run that are set and multiplied: (as set, the flag that multiplies)."""
+    return {
+        "batch_size": (settings.data.batch_size, "batch_size_multiplier"),
+        "grad_accum_steps": (settings.data.grad_accum_steps, "grad_accum_multiplier"),
+        "eval_iters": (settings.run.eval_iters, "eval_iters_multiplier"),
+        "eval_interval": (settings.run.eval_interval, "eval_interval_multiplier"),
+    }
 
 
-def _number(number: float, multiplier: str, settings: Settings) -> float:
+def _scaled(
+    rule: Callable[[Number, float], Number], value: Number, multiplier: str, settings: Settings
+) -> Number:
+    """Return a value scaled by a rule of `run_shape`; an error names the flag that multiplies."""
     try:
-        return scaled_number(number, getattr(settings.growth, multiplier))
+        return rule(value, getattr(settings.growth, multiplier))
     except OperationError as error:
         raise OperationError(error.got, error.expected, multiplier) from None

@@ -73,7 +73,6 @@ def _with_seq_len(
     optimizer: optax.GradientTransformation,
     seq_len: int,
     value: float,
-    key: jax.Array | None = None,
 ) -> tuple[ModelConfig, TrainState, Report]:
     check_seq_len(config, seq_len, value)
     signatures = gpt_signatures(config)
