@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from jaxmorph import transitions
 from jaxmorph.architecture import parameter_count
-from jaxmorph.config import ModelConfig
 from jaxmorph.faults import crash_point
 from jaxmorph.morphs import Report
 from jaxmorph.plan import Plan
@@ -186,21 +185,18 @@ def announcement(done: Performed, operations: int) -> str:
 
 def _sizes_changed(done: Performed) -> list[str]:
     old, new = done.before.shape.model, done.after.shape.model
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    changes = [
-        f"{name} {getattr(old, name)} -> {getattr(new, name)}"
-        for name in names
-        if getattr(old, name) != getattr(new, name)
-    ]
+    changes = [f"{name} {was} -> {now}" for name, was, now in _differences(old, new)]
     counts = parameter_count(old), parameter_count(new)
     return [*changes, f"parameters {counts[0]:,} -> {counts[1]:,}"] if changes else []
 
 
 def _settings_changed(done: Performed) -> list[str]:
-    old, new = done.before.shape, done.after.shape
-    names = [field.name for field in dataclasses.fields(old) if field.name != "model"]
-    return [
-        f"{name}: {getattr(old, name):g} -> {getattr(new, name):g}"
-        for name in names
-        if getattr(old, name) != getattr(new, name)
-    ]
+    differences = _differences(done.before.shape, done.after.shape)
+    return [f"{name}: {was:g} -> {now:g}" for name, was, now in differences if name != "model"]
+
+
+def _differences(old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Return the fields in which two values of a dataclass differ: (name, old value, new value)."""
+    names = [field.name for field in dataclasses.fields(old)]
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
