@@ -1,8 +1,8 @@
 """Causal self-attention: cuDNN's on GPU, XLA's plain one, and a blocked one that is fastest on CPU.
 
 Axis letters as in `model`, and S for the time of keys and values. Exact softmax attention after
-Vaswani et al. 2017 (arXiv 1706.03762); the backward pass keeps each block's probabilities and gets
-the softmax's gradient from sums over rows, as Dao et al. 2022 (arXiv 2205.14135) do.
+Vaswani et al. 2017 (arXiv 1706.03762). As in Dao et al. 2022 (arXiv 2205.14135) the blocked one
+normalises the mixed values rather than the weights, and the softmax's gradient comes from the output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Implementation = Literal["auto", "xla", "blocked", "cudnn"]
 
 _MIN_BLOCK = 64  # queries; below it the products are too small to be fast
 _MAX_BLOCKS = 8  # each block is unrolled: more would cost compile time to save ever less work
-_Residuals = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array]]
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array, jax.Array]
 
 
 def causal_attention(
@@ -121,19 +121,17 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=wide)
 
 
-def _weights(q_BHTK: jax.Array, k_BHSK: jax.Array, start: int, stop: int) -> jax.Array:
-    """Return the weights of (scaled) queries start:stop over keys :stop, in float32 or wider."""
+def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, start: int, stop: int) -> jax.Array:
+    """Return scores of (scaled) queries start:stop over keys :stop, -inf where those are later."""
     scores_BHTS = _product("BHTK,BHSK->BHTS", q_BHTK[:, :, start:stop], k_BHSK[:, :, :stop])
     seen_TS = np.arange(start, stop)[:, None] >= np.arange(stop)[None, :]
-    scores_BHTS = jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf)
-    return jax.nn.softmax(scores_BHTS, axis=-1)
+    return jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf)
 
 
 def _mix(weights_BHTS: jax.Array, v_BHSK: jax.Array, stop: int) -> jax.Array:
-    """Return the weighted sums of the values :stop, in their dtype."""
+    """Return the weighted sums of the values :stop, in float32 or wider."""
     weights_BHTS = weights_BHTS.astype(v_BHSK.dtype)
-    mixed_BHTK = _product("BHTS,BHSK->BHTK", weights_BHTS, v_BHSK[:, :, :stop])
-    return mixed_BHTK.astype(v_BHSK.dtype)
+    return _product("BHTS,BHSK->BHTK", weights_BHTS, v_BHSK[:, :, :stop])
 
 
 def _by_autodiff(
@@ -148,13 +146,13 @@ def _by_autodiff(
     q_BHTK, k_BHSK, v_BHSK = _heads_first(_scaled(query_BTHK), key_BTHK, value_BTHK)
     mixed = []
     for start, stop in _blocks(q_BHTK.shape[2], block):
-        weights_BHTS = _weights(q_BHTK, k_BHSK, start, stop)
+        weights_BHTS = jax.nn.softmax(_scores(q_BHTK, k_BHSK, start, stop), axis=-1)
         if dropout_key is not None and rate > 0.0:
             key = jax.random.fold_in(dropout_key, start)
             kept_BHTS = jax.random.bernoulli(key, 1.0 - rate, weights_BHTS.shape)
             scaled_BHTS = weights_BHTS * np.asarray(1.0 / (1.0 - rate), weights_BHTS.dtype)
             weights_BHTS = jnp.where(kept_BHTS, scaled_BHTS, np.zeros((), weights_BHTS.dtype))
-        mixed.append(_mix(weights_BHTS, v_BHSK, stop))
+        mixed.append(_mix(weights_BHTS, v_BHSK, stop).astype(v_BHSK.dtype))
     return jnp.swapaxes(jnp.concatenate(mixed, axis=2), 1, 2)
 
 
@@ -166,15 +164,23 @@ def _blocked(query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHK: jax.Array) 
 def _blocked_forward(
     query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHK: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    """Return the output, and what the gradient needs: weights are kept in the inputs' dtype."""
+    """Return the output, and what the gradient needs.
+
+    Of each block that is the exponentials of its scores less their row's largest, in the inputs'
+    dtype; of each row one over their sum, and the output.
+    """
     q_BHTK, k_BHSK, v_BHSK = _heads_first(_scaled(query_BTHK), key_BTHK, value_BTHK)
     time = q_BHTK.shape[2]
-    weights, mixed = [], []
+    kept, shares, mixed = [], [], []
     for start, stop in _blocks(time, _block_size(time)):
-        weights.append(_weights(q_BHTK, k_BHSK, start, stop).astype(v_BHSK.dtype))
-        mixed.append(_mix(weights[-1], v_BHSK, stop))
-    out_BTHK = jnp.swapaxes(jnp.concatenate(mixed, axis=2), 1, 2)
-    return out_BTHK, (q_BHTK, k_BHSK, v_BHSK, weights)
+        scores_BHTS = _scores(q_BHTK, k_BHSK, start, stop)
+        weights_BHTS = jnp.exp(scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True))
+        shares.append(1 / weights_BHTS.sum(axis=-1, keepdims=True))
+        kept.append(weights_BHTS.astype(v_BHSK.dtype))
+        mixed.append(_mix(kept[-1], v_BHSK, stop) * shares[-1])
+    out_BHTK, share_BHT1 = jnp.concatenate(mixed, axis=2), jnp.concatenate(shares, axis=2)
+    out_BTHK = jnp.swapaxes(out_BHTK.astype(v_BHSK.dtype), 1, 2)
+    return out_BTHK, (q_BHTK, k_BHSK, v_BHSK, kept, share_BHT1, out_BHTK)
 
 
 def _blocked_backward(
@@ -183,23 +189,26 @@ def _blocked_backward(
     """Return the gradients of queries, keys and values.
 
     Written out because XLA's gradient of the slices is a padded sum per block, and takes a third
-    more memory: on CPU it is 10-25 % slower.
+    more memory: on CPU it is 10-25 % slower. The products that sum over queries give [B, H, K, S],
+    which XLA's CPU backend computes up to twice as fast as [B, H, S, K].
     """
-    q_BHTK, k_BHSK, v_BHSK, weights = residuals
-    (g_BHTK,) = _heads_first(gradient_BTHK)
-    blocks = _blocks(q_BHTK.shape[2], _block_size(q_BHTK.shape[2]))
+    q_BHTK, k_BHSK, v_BHSK, kept, share_BHT1, out_BHTK = residuals
     dtype, dq, dk, dv = q_BHTK.dtype, [], [], []
-    for (start, stop), p_BHTS in zip(blocks, weights, strict=True):
+    (g_BHTK,) = _heads_first(gradient_BTHK)
+    wide_BHTK = g_BHTK.astype(share_BHT1.dtype) * share_BHT1
+    mean_BHT1 = (wide_BHTK * out_BHTK).sum(axis=-1, keepdims=True)
+    g_BHTK = wide_BHTK.astype(dtype)
+    blocks = _blocks(q_BHTK.shape[2], _block_size(q_BHTK.shape[2]))
+    for (start, stop), e_BHTS in zip(blocks, kept, strict=True):
         here_BHTK = g_BHTK[:, :, start:stop]
         dp_BHTS = _product("BHTK,BHSK->BHTS", here_BHTK, v_BHSK[:, :, :stop])
-        wide_BHTS = p_BHTS.astype(dp_BHTS.dtype)
-        ds_BHTS = wide_BHTS * (dp_BHTS - (dp_BHTS * wide_BHTS).sum(axis=-1, keepdims=True))
+        ds_BHTS = e_BHTS.astype(dp_BHTS.dtype) * (dp_BHTS - mean_BHT1[:, :, start:stop])
         ds_BHTS = ds_BHTS.astype(dtype)
         dq.append(_product("BHTS,BHSK->BHTK", ds_BHTS, k_BHSK[:, :, :stop]))
-        dk.append(_product("BHTS,BHTK->BHSK", ds_BHTS, q_BHTK[:, :, start:stop]))
-        dv.append(_product("BHTS,BHTK->BHSK", p_BHTS, here_BHTK))
-    whole = jnp.concatenate(dq, axis=2), _sum_by_block(dk, blocks), _sum_by_block(dv, blocks)
-    dq_BTHK, dk_BTHK, dv_BTHK = (jnp.swapaxes(x, 1, 2) for x in whole)
+        dk.append(_product("BHTK,BHTS->BHKS", q_BHTK[:, :, start:stop], ds_BHTS))
+        dv.append(_product("BHTK,BHTS->BHKS", here_BHTK, e_BHTS))
+    dq_BTHK = jnp.swapaxes(jnp.concatenate(dq, axis=2), 1, 2)
+    dk_BTHK, dv_BTHK = (jnp.transpose(_sum_by_block(x, blocks), (0, 3, 1, 2)) for x in (dk, dv))
     return _scaled(dq_BTHK).astype(dtype), dk_BTHK.astype(dtype), dv_BTHK.astype(dtype)
 
 
@@ -209,7 +218,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def _sum_by_block(parts: list[jax.Array], blocks: list[tuple[int, int]]) -> jax.Array:
     """Sum parts of which the n-th covers keys up to the end of block n, without padding any."""
     sums = [
-        functools.reduce(jnp.add, [part[:, :, start:stop] for part in parts[n:]])
+        functools.reduce(jnp.add, [part[..., start:stop] for part in parts[n:]])
         for n, (start, stop) in enumerate(blocks)
     ]
-    return jnp.concatenate(sums, axis=2)
+    return jnp.concatenate(sums, axis=-1)

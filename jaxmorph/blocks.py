@@ -6,6 +6,7 @@ names and shapes of `architecture.gpt_signatures`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -124,10 +125,21 @@ class MLP(nnx.Module):
         x_BTD = normalise(self.config, x_BTD, self.norm, self.norm_bias)
         up_BTF = _linear(x_BTD, self.up, self.up_bias, 1)
         if self.config.activation == "swiglu":
-            up_BTF = jax.nn.silu(_linear(x_BTD, self.gate, self.gate_bias, 1)) * up_BTF
+            up_BTF = _swiglu(_linear(x_BTD, self.gate, self.gate_bias, 1), up_BTF)
         else:
-            up_BTF = jax.nn.gelu(up_BTF, approximate=True)
+            up_BTF = _gelu(up_BTF)
         return _linear(up_BTF, self.down, self.down_bias, 1)
+
+
+# Computed again in the backward pass: from memory its parts would take as long, and a lot of room.
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+@jax.checkpoint
+def _swiglu(gate: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * x
 
 
 class Head(nnx.Module):
@@ -153,14 +165,38 @@ def normalise(
     config: ModelConfig, x_BTD: jax.Array, scale: nnx.Param, bias: nnx.Param | None
 ) -> jax.Array:
     """Return LayerNorm or RMSNorm of `x_BTD` over its last axis, with statistics in float32."""
-    wide = x_BTD.astype(wide_dtype(x_BTD.dtype))
-    if config.norm == "layernorm":
-        wide -= wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-    wide = scale_row(wide * jax.lax.rsqrt(variance + _NORM_EPSILON), scale[...].astype(wide.dtype))
+    wide = _standardise(x_BTD.astype(wide_dtype(x_BTD.dtype)), config.norm == "layernorm")
+    wide = scale_row(wide, scale[...].astype(wide.dtype))
     if bias is not None:
         wide = add_row(wide, bias[...].astype(wide.dtype))
     return wide.astype(x_BTD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _standardise(x: jax.Array, centred: bool) -> jax.Array:
+    """Return `x` over the root mean square of its last axis, less its mean first where `centred`.
+
+    Its gradient is written out because that of each operation in turn passes over memory more often.
+    """
+    return _standardise_forward(x, centred)[0]
+
+
+def _standardise_forward(x: jax.Array, centred: bool) -> tuple[jax.Array, tuple]:
+    if centred:
+        x = x - x.mean(axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + _NORM_EPSILON)
+    return x * scale, (x * scale, scale)
+
+
+def _standardise_backward(centred: bool, saved: tuple, gradient: jax.Array) -> tuple[jax.Array]:
+    y, scale = saved
+    change = gradient - y * (gradient * y).mean(axis=-1, keepdims=True)
+    if centred:
+        change = change - gradient.mean(axis=-1, keepdims=True)
+    return (change * scale,)
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from small_models import VARIANTS, flat, reference_logits, shaken, small_config, small_tokens
 
 from jaxmorph import model
@@ -42,6 +43,35 @@ def test_logits_in_narrow_types_are_close_to_the_reference(dtype, tolerance):
     found = _logits(config, params, tokens)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, reference_logits(config, params, tokens), atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_of_every_parameter_is_the_slope_of_the_reference(variant):
+    rng, tokens, step = np.random.default_rng(1), small_tokens(1, 13), 1e-5
+    with jax.enable_x64(True):
+        config = small_config(dtype="float64", n_layers=2, **VARIANTS[variant])
+        params, gates = _made(config), model.open_gates(config)
+        gradients = flat(
+            jax.grad(
+                lambda params: model.loss(config, params, jnp.asarray(tokens), gates=gates)[0]
+            )(params)
+        )
+
+    def loss(leaves):
+        logits = reference_logits(
+            config, traverse_util.unflatten_dict(leaves, sep="/"), tokens[:, :-1]
+        )
+        largest = logits.max(-1, keepdims=True)
+        log_sums = np.log(np.exp(logits - largest).sum(-1, keepdims=True)) + largest
+        return np.take_along_axis(log_sums - logits, tokens[:, 1:, None], -1).mean()
+
+    for path, leaf in flat(params).items():
+        way = rng.standard_normal(leaf.shape)
+        rise = [loss({**flat(params), path: leaf + sign * step * way}) for sign in (1, -1)]
+        slope = (rise[0] - rise[1]) / (2 * step)
+        np.testing.assert_allclose(
+            np.vdot(gradients[path], way), slope, rtol=1e-6, atol=1e-8, err_msg=path
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
