@@ -6,7 +6,6 @@ names and shapes of `architecture.gpt_signatures`.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -172,8 +171,7 @@ def normalise(
     return wide.astype(x_BTD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _standardise(x: jax.Array, centred: bool) -> jax.Array:
+def _standardised(x: jax.Array, centred: bool) -> jax.Array:
     """Return `x` over the root mean square of its last axis, less its mean first where `centred`.
 
     Its gradient is written out because that of each operation in turn passes over memory more often.
@@ -196,6 +194,7 @@ def _standardise_backward(centred: bool, saved: tuple, gradient: jax.Array) -> t
     return (change * scale,)
 
 
+_standardise = jax.custom_vjp(_standardised, nondiff_argnums=(1,))
 _standardise.defvjp(_standardise_forward, _standardise_backward)
 
 
