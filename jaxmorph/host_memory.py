@@ -1,4 +1,4 @@
-"""Keep the memory that a step frees, where the CPU does the computing.
+"""The host's memory: how much is free, and keeping what a step frees where the CPU computes.
 
 XLA's CPU backend allocates a step's temporaries anew each step. By default glibc takes large blocks
 from the system and gives them back at once, so that every step pays for about a page fault per 4 kB:
@@ -7,6 +7,7 @@ a tenth to a fifth of its time. Keeping freed memory in the process makes the pa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -31,3 +32,23 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
         mallopt(parameter, value)
+
+
+def available_memory() -> int | None:
+    """Return the bytes the process can still take, its container's limit included; None: unknown."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("MemAvailable:"))
+        return min([int(line.split()[1]) << 10, *_left_in_group()])
+    return None
+
+
+def _left_in_group() -> list[int]:
+    """Return what the control group leaves, as a list that is empty where there is no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())  # "max", no number, without a limit
+            for name in ("memory.max", "memory.current")
+        )
+        return [max(0, limit - used)]
+    return []

@@ -16,23 +16,26 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from jaxmorph import transitions
 from jaxmorph.config import Settings
 from jaxmorph.faults import crash_point
+from jaxmorph.host_memory import available_memory
 from jaxmorph.morphs import Report
 from jaxmorph.plan import Plan
 from jaxmorph.programs import Programs, Shape, make_programs
 from jaxmorph.run_shape import RunShape
-from jaxmorph.sharding import batch_sharding, replicated
+from jaxmorph.sharding import batch_sharding, place_batch, replicated
 from jaxmorph.state import TrainState, new_state
 
-Key = tuple[str, int]  # "programs" or "change", and the stage
+Key = tuple[str, int]  # "programs", "change" or "rehearsal", and the stage
 _LOWEST_PRIORITY = 19
 _PROBE_TOKENS = 256  # at most, per sequence
 _AHEAD = 2  # stages compiled beforehand: two operations may fire one right after the other
@@ -117,8 +120,9 @@ class StageCompiler:
 
     def prefetch_after(self, index: int) -> None:
         """Begin to compile the stages after `index`, in the background; forget those before it."""
-        for gone in [key for key in self._futures if key[1] < self._home(index)]:
-            del self._futures[gone]
+        for key in list(self._futures):
+            if key[1] < self._home(index) or key == ("rehearsal", index):
+                del self._futures[key]
         if self._settings.growth.precompile == "off":
             return
         later = [self._work_for(k) for k in range(index + 1, len(self._plan.stages))]
@@ -158,18 +162,23 @@ class StageCompiler:
 
     def _fulfil(self, key: Key, future: Future) -> None:
         kind, index = key
-        compile_it = {"programs": self._compile_programs, "change": self._compile_change}[kind]
+        work: dict[str, Callable[[int], Any]] = {
+            "programs": self._compile_programs,
+            "change": self._compile_change,
+            "rehearsal": self._rehearse,
+        }
         try:
-            future.set_result(compile_it(index))
+            future.set_result(work[kind](index))
         except BaseException as error:
             future.set_exception(error)
 
     def _work_for(self, index: int) -> list[Key]:
-        """Return what has to be compiled for the operation that leads to stage `index`."""
+        """Return what there is to do for the operation that leads to stage `index`."""
         entry = self._plan.stages[index].entry
         morph = entry is not None and entry.operation.kind == "morph"
         programs = self._home(index) == index
-        return [("programs", index)] * programs + [("change", index)] * morph
+        keys = [("programs", index)] * programs + [("change", index)] * morph
+        return [*keys, ("rehearsal", index)] if morph and self._can_rehearse() else keys
 
     def _home(self, index: int) -> int:
         """Return the first stage with the same programs as stage `index`."""
@@ -192,12 +201,12 @@ class StageCompiler:
         def change(state: TrainState) -> tuple[TrainState, Report, jax.Array]:
             return transitions.morphed(entry, old, new, after.optimizer, state)
 
-        _check_same(jax.eval_shape(change, before.abstract_state)[0], after.abstract_state)
         morph = jax.jit(
             change,
             in_shardings=(before.state_shardings,),
             out_shardings=(after.state_shardings, None, everywhere),
-        )
+        ).trace(before.abstract_state)
+        _check_same(morph.out_info[0], after.abstract_state)
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         probe = (rows, min(old.seq_len, new.seq_len, _PROBE_TOKENS))
         models = [(p.state_shardings.params, p.state_shardings.gates) for p in (before, after)]
@@ -209,10 +218,45 @@ class StageCompiler:
         abstract = [(p.abstract_state.params, p.abstract_state.gates) for p in (before, after)]
         tokens = jax.ShapeDtypeStruct(probe, jnp.int32)
         return Change(
-            morph.lower(before.abstract_state).compile(),
+            morph.lower().compile(),
             delta.lower(*abstract, tokens).compile(),
             probe,
         )
+
+    def _can_rehearse(self) -> bool:
+        """Whether programs may run beside the step: on one CPU device, as others take turns."""
+        devices = self.mesh.devices
+        return devices.size == 1 and devices.flat[0].platform == "cpu"
+
+    def _rehearse(self, index: int) -> None:
+        """Run the morph to stage `index` and the programs there once, on zeros, if memory is plenty."""
+        before, after = self.lazy(index - 1), self.lazy(index)
+        programs, change = self.programs(index), self.change(index)
+        shape, accumulate = self._plan.stages[index].shape, cast(Compiled, programs.accumulate)
+        working = accumulate.memory_analysis()
+        needed = _size((before.abstract_state, after.abstract_state, after.abstract_state.params))
+        needed += 0 if working is None else working.temp_size_in_bytes
+        if needed > (available_memory() or 0) // 2:
+            return
+        state = jax.tree.map(
+            lambda leaf, where: jax.device_put(np.zeros(leaf.shape, leaf.dtype), where),
+            before.abstract_state,
+            before.state_shardings,
+        )
+        new, _, _ = change.morph(state)
+        shapes = change.probe, (shape.batch_size, shape.model.seq_len + 1)
+        probe, batch, validation = (
+            place_batch(self.mesh, np.zeros(tokens, np.int32))
+            for tokens in (*shapes, self._validation_shape(shape))
+        )
+        change.function_delta((state.params, state.gates), (new.params, new.gates), probe)
+        programs.accumulate(new, programs.zero_sums(), batch, np.int32(0))
+        jax.block_until_ready(programs.evaluate(new.params, new.gates, validation))
+
+
+def _size(abstract: Any) -> int:
+    """Return the bytes of a pytree's arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def _check_same(got: Any, wanted: Any) -> None:

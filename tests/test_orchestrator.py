@@ -1,5 +1,6 @@
 """Runs that follow a schedule: what fires and when, what it leaves behind, and through what it holds."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from jaxmorph import transitions
 from jaxmorph.checkpoint import Checkpoints
+from jaxmorph.host_memory import available_memory
 from jaxmorph.orchestrator import perform
 from jaxmorph.plan import make_plan
 from jaxmorph.resolve import resolve
@@ -296,6 +298,43 @@ def test_a_morph_that_would_not_be_finite_is_not_done(text, tmp_path):
         perform(plan, compiler, state, Position(step=1), "timeout", probe, False)
     for path, leaf in leaves_by_path(state).items():
         np.testing.assert_array_equal(np.array(leaf), before[path])
+
+
+@pytest.mark.parametrize(("available", "expected"), [(None, []), (1000, []), (1 << 40, [1])])
+def test_what_leads_to_a_stage_runs_beforehand_where_memory_is_plenty(
+    available, expected, text, tmp_path, monkeypatch
+):
+    settings, _ = resolve(
+        _argv(text, tmp_path / "run", _write(tmp_path, [_entry("set_seq_len", 8, None, 1)]), 4)
+    )
+    mesh = make_mesh("data=1")
+    plan = make_plan(settings, mesh.shape, vocab_size=256, total=4)
+    monkeypatch.setattr("jaxmorph.stages.available_memory", lambda: available)
+    ran = []
+
+    class Compiler(StageCompiler):
+        def _compile_change(self, index):
+            change = super()._compile_change(index)
+
+            def morph(state):
+                ran.append(index)
+                return change.morph(state)
+
+            return dataclasses.replace(change, morph=morph)
+
+    compiler = Compiler(plan, settings, mesh, 4, lambda shape: (4, shape.model.seq_len + 1))
+    compiler.prefetch_after(0)
+    for future in list(compiler._futures.values()):
+        future.result()  # raises what the work raised
+    compiler.close()
+    assert ran == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="known on Linux alone")
+def test_available_memory_is_some_of_the_machine_s():
+    available = available_memory()
+    assert available is not None
+    assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 LORA = ("--attn_lora_rank_divisor", "4", "--vocab_lora_rank_divisor", "8")
