@@ -171,7 +171,7 @@ class StepLog:
             facts += f"  MFU {rates[1] / self._peak:.1%}"
         if values["skipped"]:
             facts += f"  skipped {values['skipped']}"
-        left = (self._total - after["step"]) * (self._pace or 0.0)
+        left = None if self._pace is None else (self._total - after["step"]) * self._pace
         self._progress.update(after["step"], facts, left)
         return line
 

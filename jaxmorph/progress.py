@@ -16,8 +16,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Progress(Protocol):
     """Shows where a run is. `update` may be called often; it decides what is worth showing."""
 
-    def update(self, step: int, facts: str, seconds_left: float) -> None:
-        """Show the step just done, one line of facts and the time left."""
+    def update(self, step: int, facts: str, seconds_left: float | None) -> None:
+        """Show the step just done, one line of facts and the time left (None: not known yet)."""
 
     def note(self, text: str) -> None:
         """Show a line that stays."""
@@ -50,7 +50,7 @@ class _Bar:
         )
         self._task = self._progress.add_task("", total=total, completed=step, facts="compiling ...")
 
-    def update(self, step: int, facts: str, seconds_left: float) -> None:
+    def update(self, step: int, facts: str, seconds_left: float | None) -> None:
         self._progress.update(self._task, completed=step, facts=facts)
 
     def note(self, text: str) -> None:
@@ -69,12 +69,12 @@ class _Lines:
         self._total = total
         self._last = 0.0
 
-    def update(self, step: int, facts: str, seconds_left: float) -> None:
+    def update(self, step: int, facts: str, seconds_left: float | None) -> None:
         now = time.monotonic()
         if now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            minutes, seconds = divmod(round(seconds_left), 60)
-            self.note(f"step {step}/{self._total}  {facts}  {minutes}:{seconds:02d} left")
+            left = "" if seconds_left is None else f"  {_clock(seconds_left)} left"
+            self.note(f"step {step}/{self._total}  {facts}{left}")
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -86,8 +86,13 @@ class _Lines:
         pass
 
 
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
 class _Off(_Lines):
-    def update(self, step: int, facts: str, seconds_left: float) -> None:
+    def update(self, step: int, facts: str, seconds_left: float | None) -> None:
         pass
 
     def note(self, text: str) -> None:

@@ -163,11 +163,6 @@ def entry_sha256(entry: Entry) -> str:
     return hashlib.sha256(_canonical(entry).encode()).hexdigest()
 
 
-def schedule_sha256(entries: Sequence[Entry]) -> str:
-    """Return a digest of what a schedule does."""
-    return hashlib.sha256("\n".join(map(_canonical, entries)).encode()).hexdigest()
-
-
 def schedule_json(entries: Sequence[Entry]) -> str:
     """Return a schedule as a JSON file that `load_schedule` reads."""
     rows = []

@@ -343,7 +343,7 @@ AROUND = [
     _entry("widen_mlp", 2, None, 3, again=True),
     _entry("merge_lora_weights", None, None, 3, again=True),
 ]
-POINTS = ["step:3", "during_operation:1", "reevaluation:3", "after_arrays:2"]
+POINTS = ["step:3", "during_operation:1", "after_arrays:2"]
 
 
 def test_killed_around_operations_and_resumed_is_the_same_run(text, tmp_path):

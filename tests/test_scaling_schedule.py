@@ -1,6 +1,5 @@
 """Schedule files: what is refused and how, the walk over shapes, the triggers, and the digests."""
 
-import itertools
 import json
 import math
 import subprocess
@@ -22,7 +21,6 @@ from jaxmorph.scaling_schedule import (
     entry_sha256,
     load_schedule,
     schedule_json,
-    schedule_sha256,
     walk,
 )
 
@@ -500,9 +498,6 @@ def test_digest_is_of_what_an_entry_does(tmp_path):
     assert [entry_sha256(one) for one in load_schedule(path)] == digests
     path.write_text(json.dumps(variants).replace('"value": 2,', '"value": 2.0,'))
     assert [entry_sha256(one) for one in load_schedule(path)] == digests
-    assert schedule_sha256(loaded) == schedule_sha256(load_schedule(path))
-    orders = {schedule_sha256(order) for order in itertools.permutations(loaded[:3])}
-    assert len(orders) == 6
 
 
 def test_written_schedule_reads_the_same(tmp_path):
