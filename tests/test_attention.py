@@ -38,6 +38,7 @@ def reference(q, k, v, g):
     return out, (dq, dk, dv)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(implementation, q, k, v, g):
     out, pullback = jax.vjp(
         lambda *qkv: causal_attention(*qkv, implementation=implementation), q, k, v
@@ -51,7 +52,7 @@ def test_float64_matches_reference_to_1e12(implementation, time):
     arrays = inputs(time, batch=1, heads=2)
     with jax.enable_x64():
         device = [jnp.asarray(x) for x in arrays]
-        got = jax.jit(value_and_gradients, static_argnums=0)(implementation, *device)
+        got = value_and_gradients(implementation, *device)
         chex.assert_trees_all_close(got, reference(*arrays), rtol=0, atol=1e-12)
 
 

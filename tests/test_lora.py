@@ -1,6 +1,7 @@
 """Adapters: the function they add, what trains, and what they cost the optimizer."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ def _flat(params):
     return traverse_util.flatten_dict(params, sep="/")
 
 
+def _forward(config):
+    return jax.jit(functools.partial(model.forward, config))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_the_merged_weights(variant):
     with jax.enable_x64(True):
@@ -27,7 +32,7 @@ def test_logits_are_those_of_the_merged_weights(variant):
         params = shaken(jax.device_get(model.init(config, jax.random.key(0))))
         gates = {**model.open_gates(config), "lora_alpha": jnp.asarray(7.0)}
         tokens = small_tokens(2, 20)
-        found = model.forward(config, params, jnp.asarray(tokens), gates=gates)
+        found = _forward(config)(params, jnp.asarray(tokens), gates=gates)
         merged = dict(_flat(params))
         for base, (a, b) in lora_adapters(config).items():
             factor_a, factor_b = np.asarray(merged.pop(a)), np.asarray(merged.pop(b))
@@ -47,9 +52,9 @@ def test_fresh_adapters_add_nothing():
     params = model.init(config, jax.random.key(0))
     plain = dataclasses.replace(config, attn_lora_rank=0, vocab_lora_rank=0)
     tokens = jnp.asarray(small_tokens(2, 20))
-    found = model.forward(config, params, tokens, gates=model.open_gates(config))
+    found = _forward(config)(params, tokens, gates=model.open_gates(config))
     without = model.init(plain, jax.random.key(0))
-    expected = model.forward(plain, without, tokens, gates=model.open_gates(plain))
+    expected = _forward(plain)(without, tokens, gates=model.open_gates(plain))
     np.testing.assert_array_equal(found, expected)
 
 

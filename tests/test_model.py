@@ -22,9 +22,14 @@ def _made(config, seed=0):
     return shaken(jax.device_get(model.init(config, jax.random.key(seed))), seed)
 
 
+@functools.cache
+def _forward(config):
+    return jax.jit(functools.partial(model.forward, config))
+
+
 def _logits(config, params, tokens, gates=None):
     gates = model.open_gates(config) if gates is None else gates
-    return model.forward(config, params, jnp.asarray(tokens), gates=gates)
+    return _forward(config)(params, jnp.asarray(tokens), gates=gates)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
