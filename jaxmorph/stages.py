@@ -108,6 +108,7 @@ class StageCompiler:
         Raises:
           Exception: what compiling them raised, such as a lack of memory.
         """
+        self._futures.pop(("rehearsal", index), None)  # who asks wants to run them now
         return self._result(("programs", self._home(index)))
 
     def change(self, index: int) -> Change:
@@ -120,9 +121,8 @@ class StageCompiler:
 
     def prefetch_after(self, index: int) -> None:
         """Begin to compile the stages after `index`, in the background; forget those before it."""
-        for key in list(self._futures):
-            if key[1] < self._home(index) or key == ("rehearsal", index):
-                del self._futures[key]
+        for gone in [key for key in self._futures if key[1] < self._home(index)]:
+            del self._futures[gone]
         if self._settings.growth.precompile == "off":
             return
         later = [self._work_for(k) for k in range(index + 1, len(self._plan.stages))]
