@@ -77,12 +77,18 @@ class StageCompiler:
     ):
         self._plan, self._settings, self.mesh = plan, settings, mesh
         self._total, self._validation_shape = total_steps, validation_shape
+        self._lazy: dict[int, Programs] = {}
         self._futures: dict[Key, Future] = {}
         self._wanted: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def lazy(self, index: int) -> Programs:
-        """Return the programs of stage `index`, not compiled yet."""
+        """Return the programs of stage `index`, not compiled yet; the same ones each time."""
+        if index not in self._lazy:
+            self._lazy[index] = self._traced(index)
+        return self._lazy[index]
+
+    def _traced(self, index: int) -> Programs:
         shape = self._plan.stages[index].shape
         return make_programs(
             shape.model,
