@@ -255,9 +255,12 @@ class StageCompiler:
             place_batch(self.mesh, np.zeros(tokens, np.int32))
             for tokens in (*shapes, self._validation_shape(shape))
         )
-        change.function_delta((state.params, state.gates), (new.params, new.gates), probe)
-        programs.accumulate(new, programs.zero_sums(), batch, np.int32(0))
-        jax.block_until_ready(programs.evaluate(new.params, new.gates, validation))
+        models = (state.params, state.gates), (new.params, new.gates)
+        results: list[Any] = [change.function_delta(*models, probe)]
+        if self._home(index) == index:  # else they are those of now, which have run
+            results.append(programs.accumulate(new, programs.zero_sums(), batch, np.int32(0)))
+            results.append(programs.evaluate(new.params, new.gates, validation))
+        jax.block_until_ready(results)
 
 
 def _size(abstract: Any) -> int:
