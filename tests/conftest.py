@@ -1,6 +1,9 @@
 """Strict settings for every test: eight CPU devices, no silent rank promotion, no warnings."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 # The tests' programs are small and run a few steps: XLA's optimisations cost ten times what they save.
@@ -17,6 +20,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Runs that are killed, resumed and compared compile the same programs: once for all processes will do.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # else the folder is there
+    programs = tempfile.mkdtemp(prefix="jaxmorph-programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # less is as fast compiled
 
 import jax
 import pytest

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_models import flat, shaken, small_config, small_tokens
+from small_models import flat, resolved, shaken, small_config, small_tokens
 
 from jaxmorph import model
 from jaxmorph.architecture import frozen_parameters, gpt_signatures
-from jaxmorph.config import ModelConfig, Settings
+from jaxmorph.config import ModelConfig
 from jaxmorph.optimizer import make_optimizer
-from jaxmorph.resolve import resolve
 from jaxmorph.state import TrainState, new_state
 
 
@@ -26,12 +25,10 @@ def grown_config(**changes) -> ModelConfig:
 
 def setting_up(config: ModelConfig, **optimizer) -> tuple[Any, Any]:
     """An optimizer and a state with noise on every parameter and gates that are neither 0 nor 1."""
-    settings, _ = resolve([])
-    assert isinstance(settings, Settings)
     plain = {"weight_decay": 0.0, "grad_clip": 0.0}
-    rule = dataclasses.replace(settings.optimizer, **plain | optimizer)
-    settings = dataclasses.replace(settings, optimizer=rule)
+    rule = dataclasses.replace(resolved().optimizer, **plain | optimizer)
     made = make_optimizer(rule, gpt_signatures(config), frozen_parameters(config))
+    settings = dataclasses.replace(resolved(), optimizer=rule)
     state = new_state(config, settings, made, warmup_steps=0, total_steps=100)
     params = jax.tree.map(jnp.asarray, shaken(jax.device_get(state.params)))
     rng = np.random.default_rng(3)

@@ -1,12 +1,13 @@
 """Small architectures and a float64 GPT in NumPy to hold the model against."""
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from jaxmorph.config import ModelConfig
+from jaxmorph.config import ModelConfig, Settings
 from jaxmorph.resolve import resolve
 from jaxmorph.starting import model_config
 
@@ -28,9 +29,14 @@ VARIANTS = {
 
 def small_config(**changes) -> ModelConfig:
     """A GPT small enough for a test: 3 layers of 4 heads of 8, vocabulary 50, context 24."""
-    settings, _ = resolve(["--n_layers", "3", "--d_model", "32", "--n_heads", "4", "--d_ff", "48"])
-    config = model_config(settings, 50)
-    return dataclasses.replace(config, **{"seq_len": 24} | changes)
+    shape = ("--n_layers", "3", "--d_model", "32", "--n_heads", "4", "--d_ff", "48")
+    return dataclasses.replace(model_config(resolved(*shape), 50), **{"seq_len": 24} | changes)
+
+
+@cache
+def resolved(*argv: str) -> Settings:
+    """The settings of a command line, which is parsed once."""
+    return resolve(list(argv))[0]
 
 
 def small_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -32,18 +32,17 @@ from operation_cases import (
     Tuning,
     documented_moments,
 )
-from small_models import flat
+from small_models import flat, resolved
 
 from jaxmorph import model, transitions
 from jaxmorph.architecture import frozen_parameters, gpt_signatures
 from jaxmorph.checkpoint import Checkpoints
-from jaxmorph.config import ModelConfig, Settings
+from jaxmorph.config import ModelConfig
 from jaxmorph.manifest import state_sha256
 from jaxmorph.operations import OPERATIONS
 from jaxmorph.orchestrator import Performed, perform
 from jaxmorph.plan import Plan, make_plan
 from jaxmorph.programs import Programs
-from jaxmorph.resolve import resolve
 from jaxmorph.resume import Position, restore_state
 from jaxmorph.run_shape import RunShape
 from jaxmorph.sharding import make_mesh, place_batch
@@ -86,11 +85,6 @@ class Compiler(StageCompiler):
         return self.shared[key]
 
 
-def _settings(base: str) -> Settings:
-    settings, _ = resolve(BASES[base])
-    return settings
-
-
 def _compiler(case: Tuning | Morph, folder: Path, mesh: str = "data=1") -> tuple[Plan, Compiler]:
     """The plan of one operation, read from a schedule file, and the compiler of its stages."""
     row = {"name": case.name, "value": case.value, "trigger_loss": 1.0, "reevaluate": False}
@@ -104,7 +98,7 @@ def _compiler_of_base(
     base: str, mesh: str = "data=1", schedule: Path | None = None
 ) -> tuple[Plan, Compiler]:
     """The plan of a run, without a schedule that of a single stage, and its compiler."""
-    settings, devices = _settings(base), make_mesh(mesh)
+    settings, devices = resolved(*BASES[base]), make_mesh(mesh)
     file = None if schedule is None else str(schedule)
     growth = dataclasses.replace(settings.growth, scaling_schedule_file=file)
     settings = dataclasses.replace(settings, growth=growth)

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from small_models import resolved
 
 from jaxmorph.operations import OPERATIONS, describe_operations
-from jaxmorph.resolve import resolve
 from jaxmorph.run_shape import OperationError, RunShape, scaled_count, whole_product
 from jaxmorph.starting import model_config
 
@@ -40,7 +40,7 @@ SET = [
 
 def make_shape(**changes) -> RunShape:
     """4 layers × 64, 4 heads × 16, MLP 96, rotary, context 48, ranks 16 and 8, batch 10."""
-    settings, _ = resolve(["--n_layers", "4", "--d_model", "64", "--n_heads", "4", "--d_ff", "96"])
+    settings = resolved("--n_layers", "4", "--d_model", "64", "--n_heads", "4", "--d_ff", "96")
     model = dataclasses.replace(
         model_config(settings, 50),
         seq_len=48,

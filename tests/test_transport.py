@@ -96,7 +96,10 @@ def _widen(*args, **options) -> tuple[Any, Any, morphs.Report]:
 
 
 def _after_one_update(optimizer, params) -> Any:
-    return optimizer.update(_gradient(params), optimizer.init(params), params)[1]
+    update = jax.jit(
+        lambda params: optimizer.update(_gradient(params), optimizer.init(params), params)
+    )
+    return update(params)[1]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
