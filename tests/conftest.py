@@ -59,3 +59,10 @@ def strict_dtypes():
     """Silent dtype promotion raises (optax relies on it, so not for optimizers)."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def quick_random_bits():
+    """Random bits whose programs compile several times as fast as those of the default generator."""
+    with jax.default_prng_impl("rbg"):
+        yield

@@ -39,6 +39,11 @@ def reference(q, k, v, g):
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def attend(implementation, q, k, v):
+    return causal_attention(q, k, v, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(implementation, q, k, v, g):
     out, pullback = jax.vjp(
         lambda *qkv: causal_attention(*qkv, implementation=implementation), q, k, v
@@ -72,16 +77,16 @@ def test_bfloat16_softmax_is_taken_in_float32():
     q, _, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in inputs(300))
     ones = jnp.ones_like(v)
     for implementation in IMPLEMENTATIONS:
-        out = causal_attention(q, jnp.zeros_like(q), ones, implementation=implementation)
+        out = attend(implementation, q, jnp.zeros_like(q), ones)
         np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=2e-2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_token_sees_the_future(implementation):
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in inputs(150))
-    before = causal_attention(q, k, v, implementation=implementation)
+    before = attend(implementation, q, k, v)
     changed = [x.at[:, 70:].add(1.0) for x in (q, k, v)]
-    after = causal_attention(*changed, implementation=implementation)
+    after = attend(implementation, *changed)
     np.testing.assert_array_equal(before[:, :70], after[:, :70])
     assert not np.allclose(before[:, 70:], after[:, 70:])
 
@@ -109,13 +114,13 @@ def test_dropout_drops_the_rate_and_keeps_the_mean(implementation):
     ones = jnp.ones_like(q)  # outputs are then the sums of the kept weights: 1 on average
 
     @functools.partial(jax.jit, static_argnums=0)
-    def attend(rate, key, *qkv):
+    def attend_some(rate, key, *qkv):
         return causal_attention(
             *qkv, implementation=implementation, dropout_rate=rate, dropout_key=key
         )
 
     def run(rate, key):
-        return attend(rate, key, q, k, ones)  # as constants they would be folded, for seconds
+        return attend_some(rate, key, q, k, ones)  # as constants they would be folded, for seconds
 
     first, again = run(0.25, jax.random.key(0)), run(0.25, jax.random.key(0))
     np.testing.assert_array_equal(first, again)
@@ -125,7 +130,7 @@ def test_dropout_drops_the_rate_and_keeps_the_mean(implementation):
     alone = np.asarray(first[:, 0, :, 0])
     assert set(np.round(np.unique(alone), 4)) == {0.0, np.float32(1.3333)}
     assert 0.1 < (alone == 0).mean() < 0.4
-    plain = causal_attention(q, k, ones, implementation=implementation)
+    plain = attend(implementation, q, k, ones)
     np.testing.assert_allclose(run(0.25, None), plain, atol=1e-5)
     np.testing.assert_allclose(run(0.0, jax.random.key(0)), plain, atol=1e-5)
 
@@ -133,6 +138,7 @@ def test_dropout_drops_the_rate_and_keeps_the_mean(implementation):
 def test_dropout_gradient_is_that_of_the_same_mask():
     q, k, v, g = (jnp.asarray(x) for x in inputs(70, np.float32, batch=1, heads=1))
 
+    @jax.jit
     def value(v):
         return (
             causal_attention(

@@ -1,6 +1,7 @@
 """Deeper GPTs: orders, exact and inexact recipes, where moments come from, growth from no layers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -18,7 +19,7 @@ from growing import (
     with_gradient_moments,
     worst_ratio,
 )
-from small_models import VARIANTS, flat
+from small_models import VARIANTS, flat, small_tokens
 
 from jaxmorph import model, morphs
 from jaxmorph.architecture import gpt_signatures
@@ -26,7 +27,8 @@ from jaxmorph.errors import InputError
 from jaxmorph.morphs.depth import RECIPES
 from jaxmorph.run_shape import OperationError
 
-KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("quick_random_bits")
+KEY = jax.random.key(0, impl="rbg")
 ADAPTED = {"attn_lora_rank": 3, "vocab_lora_rank": 5, "lora_base": "trained"}
 OPTIMIZERS = ("adamw", "muon", "lion", "sgd", "adafactor")
 
@@ -90,9 +92,6 @@ def test_identity_and_masked_growth_keep_the_function_and_the_gradients_of_old_l
             assert function_delta(before, logits_of(deep, grown)) > 1e-3
 
 
-_TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 12)).astype(np.int32))
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("order", ["stack", "interleave", "middle"])
 def test_weights_moments_and_gates_come_from_the_layer_that_was_copied(order, recipe):
@@ -154,23 +153,20 @@ def test_from_no_layers(variant):
         assert np.isfinite(after).all()
         assert function_delta(before, after) > 0
         cache = model.empty_cache(config, 2)
-        extended, _ = model.extend(
-            config, state.params, cache, _TOKENS, jnp.zeros((), jnp.int32), gates=state.gates
-        )
+        extend = jax.jit(functools.partial(model.extend, config))
+        tokens, start = jnp.asarray(small_tokens(2, 12)), jnp.zeros((), jnp.int32)
+        extended, _ = extend(state.params, cache, tokens, start, gates=state.gates)
         for recipe in RECIPES:
             deep, grown, report = _stacked(config, state, optimizer, recipe=recipe, value=3)
             assert deep.n_layers == 3
-            chex.assert_trees_all_equal_shapes_and_dtypes(
-                grown.opt_state, optimizer.init(model.init(deep, KEY))
-            )
+            fresh = jax.eval_shape(lambda deep=deep: optimizer.init(model.init(deep, KEY)))
+            chex.assert_trees_all_equal_shapes_and_dtypes(grown.opt_state, fresh)
             if recipe != "copy":
                 assert function_delta(after, logits_of(deep, grown)) < 1e-12
             blocks = sum(leaf.size for leaf in jax.tree.leaves(grown.params["blocks"]))
             assert report.totals["fresh"] == 2 * blocks
             np.testing.assert_array_equal(grown.gates["layer"], float(recipe != "masked"))
-        np.testing.assert_allclose(
-            extended, model.forward(config, state.params, _TOKENS, gates=state.gates), atol=1e-9
-        )
+        np.testing.assert_allclose(extended, after, atol=1e-9)
 
 
 @pytest.mark.parametrize("n_layers", [0, 2])

@@ -24,6 +24,7 @@ from jaxmorph import model, morphs
 from jaxmorph.architecture import gpt_signatures, lora_adapters
 from jaxmorph.run_shape import OperationError
 
+pytestmark = pytest.mark.usefixtures("quick_random_bits")
 KEY = jax.random.key(5, impl="rbg")
 ATTN, VOCAB = {"attn_lora_rank": 4}, {"vocab_lora_rank": 6}
 TRAINED = {"lora_base": "trained"}
@@ -34,12 +35,6 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "vocabulary trained untied": VOCAB | VARIANTS["untied"] | TRAINED,
 }
 RANKS = {"attn_rank": "attn_lora_rank", "vocab_rank": "vocab_lora_rank"}
-
-
-@pytest.fixture(autouse=True)
-def _random_bits_that_compile_fast():
-    with jax.default_prng_impl("rbg"):
-        yield
 
 
 def _rescaled(config, state, optimizer, value: float) -> tuple[Any, Any, list]:

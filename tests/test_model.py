@@ -217,6 +217,7 @@ def test_dropout_drops_at_its_rate_and_only_with_a_key():
     params, tokens = _made(config), jnp.asarray(small_tokens(2, 24))
     gates = model.open_gates(config)
 
+    @jax.jit
     def run(key):
         return model.forward(config, params, tokens, gates=gates, dropout_key=key)
 

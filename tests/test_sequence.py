@@ -14,13 +14,8 @@ from small_models import flat, small_tokens
 from jaxmorph import model, morphs
 from jaxmorph.run_shape import OperationError
 
+pytestmark = pytest.mark.usefixtures("quick_random_bits")
 TABLE = "embed/positions"
-
-
-@pytest.fixture(autouse=True)
-def _random_bits_that_compile_fast():
-    with jax.default_prng_impl("rbg"):
-        yield
 
 
 def _settled(config, optimizer: str) -> tuple[Any, Any]:

@@ -26,7 +26,8 @@ from jaxmorph.errors import InputError
 from jaxmorph.run_shape import OperationError
 from jaxmorph.signatures import Role
 
-KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("quick_random_bits")
+KEY = jax.random.key(0, impl="rbg")
 ADAPTED = {"attn_lora_rank": 3, "vocab_lora_rank": 5, "lora_base": "trained"}
 ALL = VARIANTS | {"adapted": ADAPTED, "adapted untied": ADAPTED | {"tied_head": False}}
 WIDENINGS = {
