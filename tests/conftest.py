@@ -12,7 +12,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_cpu_experimental_ynn_fusion_type=",  # it compiles longer
+        "--xla_cpu_experimental_ynn_fusion_type=",  # with YNNPACK compiling takes longer
         # Newer ones have no such flag, and abort at one they do not know.
         *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib") < "0.11" else []),
         os.environ.get("XLA_FLAGS", ""),

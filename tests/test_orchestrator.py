@@ -155,10 +155,10 @@ def _gates(checkpoints, step):
     return checkpoints.restore(step, abstract, part=True)["gates/layer"]
 
 
-def test_how_programs_are_compiled_and_when_is_saved_change_nothing(grown, text, tmp_path):
+@pytest.mark.parametrize("more", [("--precompile", "off"), ("--checkpoint_interval", "1")])
+def test_how_programs_are_compiled_and_when_is_saved_change_nothing(more, grown, text, tmp_path):
     schedule = grown.parent / "schedule.json"
-    other = ("--precompile", "off", "--checkpoint_interval", "1")
-    assert main(_argv(text, tmp_path / "run", schedule, STEPS, *other)) == 0
+    assert main(_argv(text, tmp_path / "run", schedule, STEPS, *more)) == 0
     assert _sha256(tmp_path / "run", STEPS) == _sha256(grown, STEPS)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+from typing import Any
 
 import chex
 import jax
@@ -52,6 +54,19 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
         parts, losses_of_parts = _train(programs, "data=1", 4, split=4, batch=32)
         np.testing.assert_allclose(losses_of_parts, losses, rtol=1e-12)
         chex.assert_trees_all_close(parts.params, whole.params, atol=1e-11)
+
+
+def test_products_by_ynnpack_are_those_by_eigen(monkeypatch):
+    """Users' programs are compiled with YNNPACK, those of the other tests without, to save time."""
+    tokens, found = place_batch(make_mesh("data=1"), small_tokens(8, 25)), []
+    for flags in (os.environ["XLA_FLAGS"], ""):
+        monkeypatch.setenv("XLA_FLAGS", flags)  # XLA has read it already, for good
+        programs: Any = _programs(small_config(scan_layers="scan"))
+        arguments = programs.init(), programs.zero_sums(), tokens, np.int32(0)
+        accumulate = programs.accumulate.lower(*arguments).compile()
+        assert ("ynn" in accumulate.as_text()) == (not flags)
+        found.append(jax.device_get(accumulate(*arguments)))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_no_knob_and_no_count_compiles_anything():
