@@ -41,11 +41,11 @@ def jaxmorph_marks(arguments: argparse.Namespace, precompile: str) -> dict[str, 
     """Return when each step of a run ended, in seconds, and after which step it grew."""
     import jax
 
-    from jaxmorph.host_memory import keep_freed_memory
-    from jaxmorph.loop import Loop, begin_or_resume
-    from jaxmorph.preparation import prepare
-    from jaxmorph.resolve import resolve
-    from jaxmorph.stopping import StopSignals
+    from jaxmorph.config.resolve import resolve
+    from jaxmorph.system.host_memory import keep_freed_memory
+    from jaxmorph.system.signals import StopSignals
+    from jaxmorph.training.loop import Loop, begin_or_resume
+    from jaxmorph.training.preparation import prepare
 
     keep_freed_memory()
 

@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxmorph
-from jaxmorph.faults import VARIABLE
-from jaxmorph.manifest import problem_of, read_manifest
+from jaxmorph.storage.manifest import problem_of, read_manifest
+from jaxmorph.system.crash_points import VARIABLE
 
 EVAL_INTERVAL, SAVE_INTERVAL = 50, 20
 CONFIGURATION = {

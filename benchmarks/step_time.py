@@ -32,7 +32,7 @@ from typing import IO, Any
 
 from torch_gpt import WARMUP_STEPS, Shape, Step, timed, torch_step
 
-from jaxmorph.errors import InputError
+from jaxmorph.cli.errors import InputError
 
 CONTENDERS = {  # name -> (library, mode, dtype)
     "jaxmorph-f32": ("jaxmorph", "", "float32"),
@@ -52,17 +52,17 @@ PAUSE_SECONDS = 0.3  # between turns: thread pools spin for a while after their 
 
 def jaxmorph_step(shape: Shape, dtype: str) -> tuple[Step, dict[str, Any]]:
     """Return jaxmorph's own training step, and facts about it."""
-    from jaxmorph.host_memory import keep_freed_memory
+    from jaxmorph.system.host_memory import keep_freed_memory
 
     keep_freed_memory()  # as training does, and before JAX starts threads
     import jax
     import numpy as np
 
-    from jaxmorph.programs import make_programs
-    from jaxmorph.resolve import resolve
-    from jaxmorph.sharding import make_mesh, place_batch
-    from jaxmorph.starting import model_config
-    from jaxmorph.state import new_state
+    from jaxmorph.config.resolve import resolve
+    from jaxmorph.config.start import model_config
+    from jaxmorph.step.programs import make_programs
+    from jaxmorph.step.sharding import make_mesh, place_batch
+    from jaxmorph.step.state import new_state
 
     fields = ("n_layers", "d_model", "n_heads", "seq_len", "batch_size")
     flags = [text for name in fields for text in (f"--{name}", str(getattr(shape, name)))]

@@ -10,8 +10,8 @@ from typing import Any
 
 import tyro
 
-from jaxmorph.command_line import parse_command, run_door
-from jaxmorph.errors import InputError
+from jaxmorph.cli.command_line import parse_command, run_door
+from jaxmorph.cli.errors import InputError
 
 _PROG = "python -m jaxmorph.evaluate"
 
@@ -61,8 +61,8 @@ def _check(command: Sample) -> None:
 
 def _sample(command: Sample) -> int:
     _check(command)
-    from jaxmorph.sampling import generate
-    from jaxmorph.tokenization import Tokenizer
+    from jaxmorph.data.tokenization import Tokenizer
+    from jaxmorph.model.sampling import generate
 
     run_dir = Path(command.run_dir)
     config, params, gates = _load(run_dir, command.checkpoint)
@@ -97,8 +97,8 @@ def _sample(command: Sample) -> int:
 
 def _load(run_dir: Path, step: int | None) -> tuple[Any, Any, Any]:
     """Return the architecture, parameters and gates of a checkpoint."""
-    from jaxmorph.checkpoint import Checkpoints
-    from jaxmorph.resume import CheckpointRecord, restore_model
+    from jaxmorph.storage.checkpoints import Checkpoints
+    from jaxmorph.training.resume import CheckpointRecord, restore_model
 
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=1, keep_best=False)
     if step is None:

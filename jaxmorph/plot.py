@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jaxmorph.command_line import parse_command, run_door
-from jaxmorph.config import (
+from jaxmorph.cli.command_line import parse_command, run_door
+from jaxmorph.cli.errors import InputError
+from jaxmorph.config.resolve import Sources, check_warmup, warmup_steps
+from jaxmorph.config.settings import (
     OptimizerSettings,
     Positive,
     PositiveFloat,
@@ -26,12 +28,8 @@ from jaxmorph.config import (
     Settings,
     Within,
 )
-from jaxmorph.errors import InputError
-from jaxmorph.resolve import Sources, check_warmup, warmup_steps
-from jaxmorph.schedules import (
+from jaxmorph.step.schedules import (
     KeyPoint,
-    ScheduleShape,
-    factors_at,
     key_points,
     schedule_shape,
     shape_in_words,
@@ -106,51 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_door(lambda: _plot(sys.argv[1:] if argv is None else argv))
 
 
-def schedule_figure(
-    shapes: Sequence[ScheduleShape], peak: float, warmup: int, total: int
-) -> Figure:
-    """Draw learning rates over a run; of a single schedule the key points are marked."""
-    from jaxmorph.figures import COLOURS, INK, new_figure, short
-
-    figure, (axes,) = new_figure(8, 4.5)
-    steps = sorted(
-        {*range(0, total + 1, max(1, total // _CURVE_POINTS)), min(warmup, total), total}
-    )
-    axes.axvspan(0, min(warmup, total), color=INK, alpha=0.05, linewidth=0, label="warmup")
-    for index, shape in enumerate(shapes):
-        rates = [peak * factor for factor in factors_at(shape, steps, warmup, total)]
-        axes.plot(
-            steps,
-            rates,
-            color=COLOURS[index % len(COLOURS)],
-            linewidth=2,
-            linestyle=_DASHES[index % len(_DASHES)],
-            label=shape_in_words(shape, warmup) if len(shapes) == 1 else shape.scheduler,
-        )
-    if len(shapes) == 1:
-        points = key_points(shapes[0], peak, warmup, total)
-        axes.plot(
-            [point.step for point in points],
-            [point.learning_rate for point in points],
-            linestyle="",
-            marker="o",
-            markersize=5.5,
-            markerfacecolor="white",
-            markeredgewidth=1.6,
-            color=COLOURS[0],
-            clip_on=False,
-            zorder=5,
-        )
-    axes.set_xlim(-0.015 * total, 1.015 * total)
-    axes.set_ylim(0, 1.06 * peak)
-    axes.set_xlabel("step")
-    axes.set_ylabel("learning rate")
-    axes.xaxis.set_major_formatter(lambda x, _: short(x))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
-    figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
-    return figure
-
-
 def _plot(argv: Sequence[str]) -> int:
     command = parse_command(_COMMANDS, argv, _PROG, "Draw learning-rate schedules and runs.")
     {Schedule: _schedule, Run: _run, Report: _report}[type(command)](command)
@@ -170,6 +123,8 @@ def _schedule(command: Schedule) -> None:
     for shape in shapes:
         print(shape_in_words(shape, warmup))
         print(_key_table(key_points(shape, command.max_lr, warmup, total)), end="\n\n")
+    from jaxmorph.report.schedule_figure import schedule_figure
+
     _save(schedule_figure(shapes, command.max_lr, warmup, total), path)
 
 
@@ -194,8 +149,9 @@ def _run(command: Run) -> None:
         raise InputError(f"{_PROG} run", "", None, "at least one run folder")
     path = _figure_path(command.save, "runs.png")
 
-    from jaxmorph.figures import loss_figure, short, short_flops
-    from jaxmorph.run_record import read_run
+    from jaxmorph.cli.wording import short, short_flops
+    from jaxmorph.report.figures import loss_figure
+    from jaxmorph.report.run_record import read_run
 
     runs = [read_run(Path(run_dir)) for run_dir in command.run_dirs]
     names = [run.name for run in runs]
@@ -222,7 +178,7 @@ def _run(command: Run) -> None:
 
 
 def _report(command: Report) -> None:
-    from jaxmorph.report import write_report
+    from jaxmorph.report.page import write_report
 
     print(f"Report: {write_report(Path(command.run_dir))}")
 
@@ -238,8 +194,8 @@ def _figure_path(save: str | None, otherwise: str) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    from jaxmorph.figures import rendered
-    from jaxmorph.report import replace_file
+    from jaxmorph.report.figures import rendered
+    from jaxmorph.report.page import replace_file
 
     replace_file(path, rendered(figure, path.suffix.lower()[1:]))
     print(f"Figure: {path}")

@@ -6,15 +6,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxmorph.command_line import run_door
-from jaxmorph.config import Settings
-from jaxmorph.dry_run import read_curve, simulate, simulation_report, walk_report
-from jaxmorph.host_memory import keep_freed_memory
-from jaxmorph.operations import describe_operations
-from jaxmorph.plan import Plan, make_plan
-from jaxmorph.resolve import parse_mesh, resolve
-from jaxmorph.starting import known_vocab_size, total_steps
-from jaxmorph.summary import describe
+from jaxmorph.cli.command_line import run_door
+from jaxmorph.config.resolve import parse_mesh, resolve
+from jaxmorph.config.settings import Settings
+from jaxmorph.config.start import known_vocab_size, total_steps
+from jaxmorph.growth.dry_run import read_curve, simulate, simulation_report, walk_report
+from jaxmorph.growth.operations import describe_operations
+from jaxmorph.growth.plan import Plan, make_plan
+from jaxmorph.growth.summary import describe
+from jaxmorph.system.host_memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,9 @@ def _train(argv: Sequence[str]) -> int:
         print(_dry_run(settings, plan, total))
         return 0
     keep_freed_memory()
-    from jaxmorph.loop import train  # JAX is imported only once the settings are known to be good
+    from jaxmorph.training.loop import (
+        train,  # JAX is imported only once the settings are known to be good
+    )
 
     return train(settings, sources)
 

@@ -43,7 +43,7 @@ LONGEST_FIRST = (
     "test_width",
     "test_depth",
     "test_programs",
-    "test_model",
+    "test_gpt",
     "test_transport",
     "test_plot",
     "test_attention",

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from small_models import flat, resolved, shaken, small_config, small_tokens
 
-from jaxmorph import model
-from jaxmorph.architecture import frozen_parameters, gpt_signatures
-from jaxmorph.config import ModelConfig
-from jaxmorph.optimizer import make_optimizer
-from jaxmorph.state import TrainState, new_state
+from jaxmorph.config.settings import ModelConfig
+from jaxmorph.model import gpt
+from jaxmorph.model.architecture import frozen_parameters, gpt_signatures
+from jaxmorph.step.optimizer import make_optimizer
+from jaxmorph.step.state import TrainState, new_state
 
 
 def grown_config(**changes) -> ModelConfig:
@@ -50,10 +50,10 @@ def _runs(config: ModelConfig) -> tuple[Any, Any]:
     """The compiled forward pass and gradient of an architecture."""
 
     def forward(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
-        return model.forward(config, params, tokens, gates=gates)
+        return gpt.forward(config, params, tokens, gates=gates)
 
     def loss(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
-        return model.loss(config, params, tokens, gates=gates)[0]
+        return gpt.loss(config, params, tokens, gates=gates)[0]
 
     return jax.jit(forward), jax.jit(jax.grad(loss))
 

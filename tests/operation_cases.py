@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmorph.architecture import RANK_AXES
-from jaxmorph.signatures import Role, Signature
+from jaxmorph.model.architecture import RANK_AXES
+from jaxmorph.model.signatures import Role, Signature
 
 VOCABULARY, LAYERS, WIDTH, HEADS, HIDDEN, CONTEXT, RANK, BATCH = 12, 2, 8, 2, 16, 8, 4, 4
 _SMALL = [

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from jaxmorph.config import ModelConfig, Settings
-from jaxmorph.resolve import resolve
-from jaxmorph.starting import model_config
+from jaxmorph.config.resolve import resolve
+from jaxmorph.config.settings import ModelConfig, Settings
+from jaxmorph.config.start import model_config
 
 VARIANTS = {
     "gpt2": {},

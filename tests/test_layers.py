@@ -1,69 +1,110 @@
-"""The structure of the package: who may import whom, and how large a module may be."""
+"""The structure of the package: which folder may import from which, and how large code may be."""
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "jaxmorph"
-LAYERS = {
-    "words": "errors yaml_file json_file command_line config run_shape starting resolve signatures "
-    "architecture schedules operations scaling_schedule plan",
-    "parts": "precision attention blocks lora model optimizer tokenization corpora data sharding",
-    "state": "faults run_folder array_files manifest checkpoint state resume",
-    "changes": "morphs transitions",
-    "loop": "host_memory stopping progress run_record figures timeline report metrics dry_run "
-    "summary programs sampling stages orchestrator preparation loop",
-    "doors": "train evaluate plot",
+import pytest
+
+ROOT = Path(__file__).parent.parent / "jaxmorph"
+COMMANDS = ("train", "evaluate", "plot")
+# What a folder may import from, itself and what is outside the package apart. One line is one rule.
+RULES = {
+    "cli": "",
+    "system": "cli",
+    "data": "cli",
+    "config": "cli",
+    "model": "cli config",
+    "storage": "cli system",
+    "step": "cli config model",
+    "growth": "cli config model step",
+    "morphs": "cli model",
+    "morphs/gpt": "cli config model step morphs",
+    "report": "cli step",
+    "training": "cli system data config model storage step growth morphs morphs/gpt report",
 }
-ORDER = [module for modules in LAYERS.values() for module in modules.split()]
 LONGEST = 400
+WITHOUT_JAX = ("config", "growth", *COMMANDS)
 
 
-def _imports(name: str) -> set[str]:
-    """Return the modules of the package that a module, or a package in it, imports."""
-    module = PACKAGE / f"{name}.py"
-    files = [module] if module.exists() else sorted((PACKAGE / name).glob("*.py"))
-    found = set()
-    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, module = node.module.partition(".")
-            if package == "jaxmorph":
-                found |= {module.split(".")[0]} if module else {a.name for a in node.names}
+def _folder(module: str) -> str:
+    """The folder a module of the package lies in; a command is one by itself."""
+    parts = module.split(".")[1:]
+    return "morphs/gpt" if parts[:2] == ["morphs", "gpt"] else parts[0]
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Yield the modules of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names = (alias.name.split(".") for alias in node.names)
-            found |= {name[1] for name in names if name[0] == "jaxmorph" and len(name) > 1}
-    return found - {"__version__", name}
+            names = [alias.name for alias in node.names]
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: import by full name"
+        yield from (name for name in names if _exists(name))
 
 
-def test_every_module_has_its_place():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    modules |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert modules == set(ORDER)
+def _exists(name: str) -> bool:
+    if not name.startswith("jaxmorph."):
+        return False
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
-def test_modules_import_only_from_those_before_them():
-    wrong = {
-        name: later
-        for place, name in enumerate(ORDER)
-        if (later := _imports(name) - set(ORDER[:place]))
+MODULES = {_module(path): path for path in ROOT.rglob("*.py")}
+
+
+def wrong_imports(rules: dict[str, str]) -> set[tuple[str, str]]:
+    """Return (module, imported module) wherever an import breaks the rules of folders."""
+    return {
+        (module, imported)
+        for module, path in MODULES.items()
+        if module != "jaxmorph" and _folder(module) not in COMMANDS
+        for imported in _imports(path)
+        if _folder(imported) not in {_folder(module), *rules[_folder(module)].split()}
     }
-    assert wrong == {}
+
+
+def test_every_folder_has_a_rule_and_a_line_that_says_what_it_is():
+    folders = {_folder(module) for module in MODULES if module != "jaxmorph"}
+    assert folders == {*RULES, *COMMANDS}
+    for folder in RULES:
+        assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+    entries = [path.name for path in ROOT.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 16, sorted(entries)
+
+
+def test_imports_keep_to_the_rules_of_folders():
+    assert wrong_imports(RULES) == set()
+
+
+def test_an_import_that_a_rule_does_not_allow_is_found():
+    found = wrong_imports(RULES | {"growth": "cli config model"})
+    assert ("jaxmorph.growth.dry_run", "jaxmorph.step.memory") in found
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    graph = {name: set(_imports(path)) - {name} for name, path in MODULES.items()}
+    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert graph == {}
 
 
 def test_no_module_is_long():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    lengths = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
-def test_importing_the_package_imports_no_jax():
-    text = (PACKAGE / "__init__.py").read_text()
-    assert "jax" not in {name.split(".")[0] for name in _top_level(text)}
-
-
-def _top_level(text: str) -> set[str]:
-    names = set()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_what_is_known_without_arrays_loads_no_jax(name):
+    modules = [module for module in MODULES if module.split(".")[1:2] == [name]]
+    code = f"import sys, {', '.join(modules)}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

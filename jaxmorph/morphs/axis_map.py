@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxmorph.errors import InputError, nearest
+from jaxmorph.cli.errors import InputError, nearest
 
 FRESH = -1  # the source of an entry that comes from nowhere
 ORDERS = ("stack", "interleave", "middle")

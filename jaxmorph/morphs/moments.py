@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import SequenceKey
 
-from jaxmorph.errors import InputError
-from jaxmorph.optimizer import parameter_path
+from jaxmorph.cli.errors import InputError
+from jaxmorph.model.tree_paths import parameter_path
 
 KEEP = "keep"  # stays as it is, whatever changes shape
 PARAMETER = "parameter"  # holds weights, and moves as they do

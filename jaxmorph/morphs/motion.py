@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmorph.errors import InputError
+from jaxmorph.cli.errors import InputError
+from jaxmorph.model.signatures import Role, Signature
 from jaxmorph.morphs.axis_map import AxisMap
-from jaxmorph.signatures import Role, Signature
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import numpy as np
 import optax
 from jax.tree_util import keystr
 
-from jaxmorph.errors import InputError, nearest
+from jaxmorph.cli.errors import InputError, nearest
+from jaxmorph.model.signatures import Signature, axis_sizes, check_coverage, parse_table
+from jaxmorph.model.tree_paths import parameter_path
 from jaxmorph.morphs.axis_map import AxisMap
 from jaxmorph.morphs.moments import KEEP, PARAMETER, Kind, Path, Place, places
 from jaxmorph.morphs.motion import FreshStart, Motion, Step
-from jaxmorph.optimizer import parameter_path
-from jaxmorph.signatures import Signature, axis_sizes, check_coverage, parse_table
 
 MOMENTS = ("provenance", "fresh", "restart")
 Signatures = Mapping[str, str] | Mapping[str, Signature]

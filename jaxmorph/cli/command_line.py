@@ -1,0 +1,234 @@
+"""How every door reads its flags and ends: tyro parses, bad input becomes one line and status 2."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import os
+import re
+import select
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import tyro
+
+from jaxmorph.cli.errors import InputError, nearest
+
+_READER_LEFT = 128 + 13  # what a shell reports of a program that SIGPIPE ended
+
+
+def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
+    """Return what the flags in `argv` make of `target`.
+
+    Flags are spelled with `_` or `-`, are grouped in `--help` by the dataclass they belong to, and
+    never carry that dataclass's name as a prefix. Help texts are the docstrings under the fields.
+
+    Args:
+      target: a dataclass, or an instance of one, whose values are then the defaults.
+      argv: the words after the program's name.
+      prog: the program as the user writes it, for `--help` and for errors.
+      description: what `--help` says first.
+
+    Raises:
+      InputError: an unknown or missing flag, or a value of the wrong type, in one line.
+      SystemExit: status 0, after printing `--help`.
+    """
+    default, kind = tyro.MISSING_NONPROP, target
+    if dataclasses.is_dataclass(target) and not isinstance(target, type):
+        default, kind = target, type(target)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value, unknown = tyro.cli(
+                kind,
+                prog=prog,
+                description=description,
+                args=list(argv),
+                default=default,
+                use_underscores=True,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise _refusal(said.getvalue(), prog) from None
+    if unknown:
+        raise _unknown(unknown[0], argv, prog, dict(_flags(value)))
+    return value
+
+
+def parse_command(
+    commands: Mapping[str, type], argv: Sequence[str], prog: str, description: str
+) -> Any:
+    """Return what the words after a sub-command's name make of its dataclass.
+
+    Args:
+      commands: the dataclass of each sub-command by its name; their docstrings describe them.
+      argv: the words after the program's name; the first is the sub-command.
+      prog: the program as the user writes it.
+      description: what `--help` says first.
+
+    Raises:
+      InputError: no such sub-command, or what `parse` raises.
+      SystemExit: status 0, after printing `--help`.
+    """
+    name = argv[0] if argv else ""
+    if name in commands:
+        words = inspect.cleandoc(commands[name].__doc__ or "")
+        return parse(commands[name], argv[1:], f"{prog} {name}", words)
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {prog} {{{','.join(commands)}}} ...\n\n{description}\n")
+        for command, target in commands.items():
+            print(f"  {command:{width}}  {inspect.cleandoc(target.__doc__ or '').splitlines()[0]}")
+        print(f"\nFlags of each: {prog} {next(iter(commands))} --help")
+        raise SystemExit(0)
+    raise InputError(prog, "", name or None, _one_of(list(commands)) + nearest(name, commands))
+
+
+def run_door(door: Callable[[], int | None]) -> int:
+    """Run a door's body and return its exit status.
+
+    That is 2, with one line on stderr, for bad input; and 141, in silence, as of a program that
+    SIGPIPE ends, where whoever read the output has gone (`... --help | head -1`).
+    """
+    try:
+        status = _status(door)
+        for stream in _standard_streams():
+            stream.flush()  # at exit Python would complain about what cannot be written
+    except BrokenPipeError:
+        left = [stream for stream in _standard_streams() if _reader_left(stream)]
+        if not left:  # some other pipe broke
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in left:
+            os.dup2(nowhere, stream.fileno())
+        return _READER_LEFT
+    return status
+
+
+def _status(door: Callable[[], int | None]) -> int:
+    try:
+        return door() or 0
+    except InputError as error:
+        print("error:", *str(error).splitlines(), file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # --help has been printed
+        if stop.code:
+            raise
+        return 0
+
+
+def _standard_streams() -> list[TextIO]:
+    """Return stdout and stderr; a program may be started without either."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _reader_left(stream: TextIO) -> bool:
+    """Say whether a stream is a pipe that nobody reads any more."""
+    try:
+        number = stream.fileno()
+    except OSError:  # a stream in memory
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flags(value: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the flags of a parsed dataclass, and whether each is a switch that takes no value."""
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        if dataclasses.is_dataclass(content):
+            yield from _flags(content)
+            continue
+        switch = isinstance(content, bool)
+        yield f"--{field.name}", switch
+        if switch:
+            yield f"--no_{field.name}", switch
+
+
+def _unknown(word: str, argv: Sequence[str], prog: str, flags: dict[str, bool]) -> InputError:
+    if word.startswith("-"):
+        flag = word.partition("=")[0]
+        return InputError(flag, "", None, f"a known flag{nearest(_underscored(flag), flags)}")
+    for previous, token in zip(("", *argv), argv, strict=False):
+        if token != word and not token.endswith(f"={word}"):
+            continue
+        name = _underscored(previous if token == word else token.partition("=")[0])
+        if flags.get(name):
+            return InputError(name, "", word, f"no value: {_switch(name)}")
+    return InputError(prog, "", word, "a flag before each value, as in --name value")
+
+
+def _switch(name: str) -> str:
+    bare = name.removeprefix("--").removeprefix("no_")
+    return f"--{bare} or --no_{bare}"
+
+
+def _underscored(flag: str) -> str:
+    return flag[:2] + flag[2:].replace("-", "_")
+
+
+def _refusal(said: str, prog: str) -> InputError:
+    """Return tyro's boxed message as an error of ours; one it is not known to write stays whole."""
+    title, lines, metavar = _unboxed(said)
+    text = " ".join(line.strip() for line in lines)
+    if title == "Value error" and (found := re.match(r"Error parsing (\S+): (.*)", text)):
+        values = re.findall(r"'([^']*)'", found[2])
+        return InputError(found[1], "", values[-1] if values else None, _expected(metavar))
+    found = re.match(r"invalid choice '(.*)' for argument '(.*?)'\. Expected one of \((.*)\)", text)
+    if found:
+        choices = _choices(re.findall(r"'([^']*)'", found[3]))
+        return InputError(found[2], "", found[1], _one_of(choices) + nearest(found[1], choices))
+    if found := re.match(r"Missing value for argument '(.*?)'", text):
+        return InputError(found[1], "", None, "a value after it")
+    if found := re.match(r"Missing from (.*?):", text):
+        least = min((_indent(line) for line in lines[1:]), default=0)
+        wanted = [line.strip() for line in lines[1:] if _indent(line) == least]
+        return InputError(found[1], "", None, f"{', '.join(wanted)} as well")
+    return InputError(prog, "", None, f"flags as --help lists them ({text or title})")
+
+
+def _unboxed(said: str) -> tuple[str, list[str], str]:
+    """Return the title of tyro's message, the lines of its first part, and the flag's metavar."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    lines = [re.sub(r"^\s?│|│\s*$", "", line).rstrip() for line in plain.splitlines()]
+    title = lines[0].strip("╭╮─- ") if lines else ""
+    body = list(lines[1:])
+    while body and not body[0].strip("╭╮╰╯─- "):
+        body.pop(0)
+    part = []
+    for line in body:
+        if not line.strip("╭╮╰╯─- "):
+            break
+        part.append(line)
+    metavar = re.search(r"Argument helptext:\s+\S+ (.*)", "\n".join(lines))
+    return title, part, metavar[1].strip() if metavar else ""
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _expected(metavar: str) -> str:
+    """Return what a flag takes, from tyro's short notation for it."""
+    kinds = {"INT": "a whole number", "FLOAT": "a number"}
+    for kind, words in kinds.items():
+        if re.search(rf"\b{kind}\b", metavar):
+            return words
+    choices = re.search(r"\{([^{}]*)\}", metavar.replace("{None}", ""))
+    return _one_of(choices[1].split(",")) if choices else f"a value like {metavar or '--help says'}"
+
+
+def _choices(listed: list[str]) -> list[str]:
+    # tyro keeps the choices of an optional flag in a set, whose order differs from run to run.
+    return sorted({*listed} - {"None"}) if "None" in listed else listed
+
+
+def _one_of(choices: Sequence[str]) -> str:
+    return f"one of {', '.join(choices)}"

@@ -1,0 +1,65 @@
+"""JSON as its standard has it, for files that people write: nothing is let pass or dropped silently."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.yaml_file import LARGEST_NUMBER, read_text
+
+
+class _Object(dict):
+    """A JSON object that remembers a key it was given twice."""
+
+    repeated: str | None = None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file as plain Python values.
+
+    NaN and Infinity, which Python writes, and numbers beyond a float's or an integer's reach come as
+    floats that are not finite, so that whoever knows the field can refuse them by name.
+
+    Raises:
+      InputError: unreadable, not UTF-8, too large, not valid, or a key given twice.
+    """
+    where = str(path)
+    try:
+        content = json.loads(read_text(path), object_pairs_hook=_object, parse_int=_int)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(where, place, None, f"valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise InputError(where, "", None, "a list of mappings (nested too deep)") from None
+    _refuse_repeated(where, content)
+    return content
+
+
+def _int(text: str) -> float:
+    return int(text) if len(text) <= LARGEST_NUMBER else math.inf
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    found = _Object()
+    for key, value in pairs:
+        if key in found:
+            found.repeated = key
+        found[key] = value
+    return found
+
+
+def _refuse_repeated(where: str, content: Any) -> None:
+    """Name the first object in which a key stands twice, by its way from the top."""
+    waiting: list[tuple[list[str], Any]] = [([], content)]
+    while waiting:
+        place, node = waiting.pop()
+        if isinstance(node, _Object):
+            if node.repeated is not None:
+                spot = ": ".join([*place, node.repeated])
+                raise InputError(where, spot, None, "each field once (it stands there twice)")
+            waiting += [([*place, key], child) for key, child in node.items()]
+        elif isinstance(node, list):
+            waiting += [([*place, f"entry {n}"], child) for n, child in enumerate(node, 1)][::-1]

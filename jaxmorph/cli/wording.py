@@ -1,0 +1,30 @@
+"""Numbers and tables in words."""
+
+from __future__ import annotations
+
+
+def short(number: float, units: str = "kMBT") -> str:
+    """Return 12,345,678 as "12.3M"; `units` are the letters for 10^3, 10^6, …"""
+    power = 0
+    while abs(number) >= 999.5 and power < len(units):
+        number, power = number / 1000, power + 1
+    return f"{number:.3g}{units[power - 1] if power else ''}"
+
+
+def short_flops(number: float) -> str:
+    """Return a number of floating-point operations as "1.23P"."""
+    return short(number, "kMGTPEZY")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as "3 h 05 min", "4 min 09 s" or "12.3 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def repeatable(factor: float) -> str:
+    """Return a factor so that reading it gives the same one; 2.0 as 2."""
+    return repr(int(factor)) if factor == int(factor) else repr(factor)

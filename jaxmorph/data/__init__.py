@@ -1,0 +1,1 @@
+"""Text into batches: corpora, tokenizers, the stream of examples."""

@@ -1,0 +1,197 @@
+"""What can be read: text in documents, divided into training and validation; nanoGPT's .bin files.
+
+Files are only ever read. Text is held in memory whole; .bin files are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxmorph.cli.errors import InputError
+
+STDLIB = "stdlib"
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """UTF-8 documents in a fixed order, each with the name that decides its split."""
+
+    names: list[str]
+    documents: list[bytes]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all names and documents."""
+        found = hashlib.sha256()
+        for name, document in zip(self.names, self.documents, strict=True):
+            found.update(f"{len(name.encode())} {len(document)} {name}".encode())
+            found.update(document)
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and validation text."""
+
+    train: list[bytes]
+    val: list[bytes]
+    separate: bool  # whether an end of document follows each
+
+
+def read_documents(data: str, where: str) -> Documents:
+    """Read stdlib, a text file, a folder of text files or a .jsonl file with a "text" a line.
+
+    Raises:
+      InputError: neither file nor folder, not UTF-8, malformed, or no text in it; `where` names
+        what `data` came from.
+      OSError: something cannot be read.
+    """
+    path = Path(data)
+    if data == STDLIB:
+        text = _read_library()
+    elif path.is_dir():
+        text = _read_folder(path)
+    elif not path.is_file():
+        raise InputError(where, "", data, "a regular file or a folder")
+    elif path.suffix == ".jsonl":
+        text = _read_jsonl(path)
+    else:
+        text = Documents([""], [_utf8(path)])  # no name: a text that moves stays the same text
+    if not any(text.documents):
+        raise InputError(where, data, None, "some text, but there is none")
+    return text
+
+
+def _read_library() -> Documents:
+    root = Path(sysconfig.get_path("stdlib"))
+    sources = [path for path in _walk(root, _NOT_LIBRARY) if path.suffix == ".py"]
+    text, _ = _read_files(root, sources)
+    return text
+
+
+def _read_folder(root: Path) -> Documents:
+    text, skipped = _read_files(root, _walk(root, set()))
+    if skipped:
+        names = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        print(f"{root}: skipped {len(skipped)} files that are not UTF-8: {names}", file=sys.stderr)
+    return text
+
+
+def _walk(root: Path, left_out: set[str]) -> list[Path]:
+    """Return the regular files under `root` in order of path, hidden ones left out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if name not in left_out and name[0] != "."]
+        found += [Path(folder, name) for name in files if name[0] != "."]
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.relative_to(root).parts)
+
+
+def _read_files(root: Path, paths: list[Path]) -> tuple[Documents, list[str]]:
+    """Return the UTF-8 files that are not empty, and the names of those that are not UTF-8."""
+    text, skipped = Documents([], []), []
+    for path in paths:
+        name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            skipped.append(name)
+            continue
+        if content:
+            text.names.append(name)
+            text.documents.append(content)
+    return text, skipped
+
+
+def _utf8(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start}"
+        raise InputError(str(path), place, None, f"UTF-8 text ({error.reason})") from None
+    return content
+
+
+def _read_jsonl(path: Path) -> Documents:
+    text = Documents([], [])
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            document = content["text"].encode("utf-8")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            got = line[:60].decode("utf-8", errors="replace")
+            expected = 'a JSON object with a "text" string, in valid Unicode'
+            raise InputError(str(path), f"line {number}", got, expected) from None
+        if document:
+            text.names.append(str(number))
+            text.documents.append(document)
+    return text
+
+
+def split_documents(text: Documents, val_fraction: float) -> Split:
+    """Hold out whole documents by a hash of their names, or of a single text its end.
+
+    Documents are taken in order of hash while each brings validation closer to `val_fraction` of
+    the bytes; where none does, the smallest. A single text is cut at a character, as nanoGPT does.
+    """
+    if len(text.documents) == 1:
+        whole = text.documents[0].decode("utf-8")
+        cut = int(len(whole) * (1 - val_fraction))
+        return Split([whole[:cut].encode()], [whole[cut:].encode()], separate=False)
+    held_out = _held_out(text, val_fraction)
+    train = [d for i, d in enumerate(text.documents) if i not in held_out]
+    return Split(train, [text.documents[i] for i in sorted(held_out)], separate=True)
+
+
+def _held_out(text: Documents, val_fraction: float) -> set[int]:
+    """Return the documents for validation: at least one, and never all."""
+    sizes = [len(document) for document in text.documents]
+    keys = [hashlib.sha256(name.encode()).digest() for name in text.names]
+    missing, chosen = val_fraction * sum(sizes), set()
+    for i in sorted(range(len(sizes)), key=keys.__getitem__):
+        if abs(missing - sizes[i]) < missing and len(chosen) < len(sizes) - 1:
+            chosen.add(i)
+            missing -= sizes[i]
+    return chosen or {min(range(len(sizes)), key=sizes.__getitem__)}
+
+
+def bin_files(path: Path) -> list[Path]:
+    """Return the nanoGPT files `path` stands for: training and validation, one to divide, or none.
+
+    A folder with train.bin and val.bin stands for both, and so does its train.bin.
+    """
+    if path.is_dir():
+        pair = [path / "train.bin", path / "val.bin"]
+        return pair if all(p.is_file() for p in pair) else []
+    if path.suffix != ".bin" or not path.is_file():
+        return []
+    sibling = path.with_name("val.bin")
+    return [path, sibling] if path.name == "train.bin" and sibling.is_file() else [path]
+
+
+def map_bin(path: Path) -> np.ndarray:
+    """Return a nanoGPT file memory-mapped: [tokens] uint16, little-endian.
+
+    Raises:
+      InputError: no whole number of ids, or none.
+      OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise InputError(str(path), "", size, "uint16 ids: an even number of bytes, not 0")
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r"))

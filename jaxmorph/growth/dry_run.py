@@ -1,0 +1,258 @@
+"""What a scaling schedule would do to a run, before it begins: its stages, and when they would come."""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.wording import repeatable, short, short_flops
+from jaxmorph.cli.yaml_file import read_text
+from jaxmorph.config.run_shape import RunShape
+from jaxmorph.config.settings import OptimizerSettings
+from jaxmorph.growth.schedule import Entry, Stage, due
+from jaxmorph.model.architecture import (
+    flops_per_token,
+    parameter_count,
+)
+from jaxmorph.step.memory import memory
+
+Curve = Sequence[tuple[int, float]]
+_FACTORED_FROM = 128  # optax's adafactor factors a leaf whose two largest dimensions reach this
+_STEP = re.compile(r"[0-9]{1,10}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Firing:
+    """When an entry fires on a loss curve.
+
+    Args:
+      entry: the entry.
+      step: optimizer steps taken.
+      reason: what sets it off.
+      val_loss: the newest validation loss; None before the first.
+      waited: steps since the operation before it, or since the start.
+    """
+
+    entry: Entry
+    step: int
+    reason: Literal["loss", "timeout"]
+    val_loss: float | None
+    waited: int
+
+
+def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
+    """Return the stages of a run as aligned text: what leads to each, its model, its training.
+
+    Models and training stand where they change.
+
+    Args:
+      stages: what `scaling_schedule.walk` returns.
+      optimizer: whose state counts towards the memory.
+    """
+    warnings = [
+        f"  stage {number}: {warning}"
+        for number, stage in enumerate(stages)
+        for warning in stage.warnings
+    ]
+    parts = [
+        "Operations:",
+        _aligned(
+            [
+                ("stage", "operation", "fires", "compiles", "keeps the function"),
+                *_operations(stages),
+            ]
+        ),
+        "Models, from the stage named (memory is without activations):",
+        _aligned([_MODEL_COLUMNS, *_where_changed([_model(s.shape, optimizer) for s in stages])]),
+        "Training, from the stage named:",
+        _aligned([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
+        *(["Warnings:", "\n".join(warnings)] if warnings else []),
+    ]
+    return "\n".join(parts)
+
+
+_MODEL_COLUMNS = (
+    "stage", "layers", "width", "heads", "MLP", "ranks", "context", "parameters", "FLOPs/token",
+    "memory", "= parameters", "+ gradients", "+ optimizer",
+)  # fmt: skip
+_TRAINING_COLUMNS = (
+    "stage", "batch", "accum.", "tokens/step", "lr ×", "peak lr", "warmup", "alpha", "eval iters",
+    "eval interval",
+)  # fmt: skip
+
+
+def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+    rows = []
+    for number, stage in enumerate(stages):
+        if (entry := stage.entry) is None:
+            rows.append((str(number), "the start", "at step 0", "yes", "-"))
+            continue
+        value = "" if entry.value is None else f" {repeatable(entry.value)}"
+        chosen = "".join(f" {name}={given}" for name, given in entry.options.items())
+        compiles, function = "yes" if stage.recompiles else "no", "yes" if stage.exact else "no"
+        again = ", re-evaluates" if entry.reevaluate else ""
+        rows.append(
+            (
+                str(number),
+                f"{entry.name}{value}{chosen}",
+                _trigger(entry) + again,
+                compiles,
+                function,
+            )
+        )
+    return rows
+
+
+def _trigger(entry: Entry) -> str:
+    loss = [] if entry.trigger_loss is None else [f"below {entry.trigger_loss:g}"]
+    wait = [] if entry.max_wait_iters is None else [f"after {entry.max_wait_iters} steps"]
+    return " or ".join(loss + wait)
+
+
+def _where_changed(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the rows that differ from the one before, each after its number."""
+    pairs = zip([None, *rows], rows, strict=False)
+    return [(str(number), *row) for number, (last, row) in enumerate(pairs) if row != last]
+
+
+def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
+    model, held = shape.model, memory(shape.model, optimizer)
+    ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
+    sizes = (held.total, held.parameters, held.gradients, held.optimizer)
+    return (
+        str(model.n_layers),
+        str(model.d_model),
+        f"{model.n_heads} × {model.head_dim}",
+        str(model.d_ff),
+        ranks if model.attn_lora_rank or model.vocab_lora_rank else "-",
+        str(model.seq_len),
+        f"{parameter_count(model):,}",
+        short_flops(flops_per_token(model)),
+        *(f"{short(size, 'kMGT')}B" for size in sizes),
+    )
+
+
+def _training(shape: RunShape) -> tuple[str, ...]:
+    tokens = shape.batch_size * shape.grad_accum_steps * shape.model.seq_len
+    has_lora = shape.model.attn_lora_rank or shape.model.vocab_lora_rank
+    return (
+        str(shape.batch_size),
+        str(shape.grad_accum_steps),
+        f"{tokens:,}",
+        f"{shape.lr_multiplier:g}",
+        f"{shape.learning_rate * shape.lr_multiplier:g}",
+        str(shape.warmup_steps),
+        f"{shape.lora_alpha:g}" if has_lora else "-",
+        str(shape.eval_iters),
+        str(shape.eval_interval),
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as columns, two spaces apart: numbers to the right, words to the left."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1] in "0123456789-" for cell in column[1:]) for column in columns]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def read_curve(path: Path) -> list[tuple[int, float]]:
+    """Return the evaluations of a CSV file with the header `step,loss`.
+
+    Raises:
+      InputError: another header, a row of another form, or steps that do not increase; names the line.
+    """
+    where, rows = str(path), csv.reader(io.StringIO(read_text(path)), strict=True)
+    curve: list[tuple[int, float]] = []
+    try:
+        header = next(rows, [])
+        if header != ["step", "loss"]:
+            raise InputError(where, "line 1", ",".join(header), "the header step,loss")
+        for row in rows:
+            curve.append(_point(where, rows.line_num, row))
+            if len(curve) > 1 and curve[-1][0] <= curve[-2][0]:
+                raise InputError(
+                    where, f"line {rows.line_num}: step", row[0], f"a step after {curve[-2][0]}"
+                )
+    except csv.Error as error:
+        raise InputError(where, f"line {rows.line_num}", None, f"valid CSV ({error})") from None
+    if not curve:
+        raise InputError(where, "", None, "a row for each evaluation")
+    return curve
+
+
+def _point(where: str, line: int, row: Sequence[str]) -> tuple[int, float]:
+    if len(row) != 2:
+        raise InputError(where, f"line {line}", ",".join(row), "two columns, step and loss")
+    step, loss = (cell.strip() for cell in row)
+    if not _STEP.fullmatch(step):
+        raise InputError(where, f"line {line}: step", step, "a whole number ≥ 0")
+    if not _NUMBER.fullmatch(loss.lower()):
+        raise InputError(where, f"line {line}: loss", loss, "a number (nan and inf are)")
+    return int(step), float(loss)
+
+
+def simulate(
+    entries: Sequence[Entry], curve: Curve, total_steps: int | None = None
+) -> list[Firing]:
+    """Return when each entry would fire if the run's evaluations gave this curve, in order.
+
+    A re-evaluation is taken to give the newest loss again. What never fires is left out.
+
+    Args:
+      entries: the schedule.
+      curve: (step, loss) of each evaluation, steps increasing.
+      total_steps: the last step of the run; None: that of the curve.
+    """
+    end = curve[-1][0] if total_steps is None else total_steps
+    steps, losses = [step for step, _ in curve], dict(curve)
+    firings: list[Firing] = []
+    step, last = 0, 0
+    heard = newest = losses.get(0)
+    for entry in entries:
+        while (reason := due(entry, step, last, heard)) is None:
+            wait = [] if entry.max_wait_iters is None else [last + entry.max_wait_iters]
+            evaluated = bisect.bisect_right(steps, step)
+            step = min(steps[evaluated : evaluated + 1] + wait, default=end + 1)
+            if step > end:
+                return firings
+            heard = losses.get(step)
+            newest = newest if heard is None else heard
+        firings.append(Firing(entry, step, reason, newest, step - last))
+        last, heard = step, newest
+    return firings
+
+
+def simulation_report(entries: Sequence[Entry], firings: Sequence[Firing], end: int) -> str:
+    """Return when each entry fires, one line each.
+
+    Args:
+      entries: the schedule.
+      firings: what `simulate` returns.
+      end: the last step of the run.
+    """
+    rows = [("entry", "operation", "step", "reason", "loss", "waited")]
+    for number, entry in enumerate(entries, 1):
+        if number > len(firings):
+            rows.append((str(number), entry.name, "-", f"not by step {end}", "-", "-"))
+            continue
+        firing = firings[number - 1]
+        loss = "-" if firing.val_loss is None else f"{firing.val_loss:g}"
+        row = (str(number), entry.name, str(firing.step), firing.reason, loss, str(firing.waited))
+        rows.append(row)
+    return "On the given loss curve the operations fire:\n" + _aligned(rows)

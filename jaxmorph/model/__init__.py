@@ -1,0 +1,1 @@
+"""Parameter signatures, and the built-in GPT."""

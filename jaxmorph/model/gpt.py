@@ -1,0 +1,300 @@
+"""A GPT in Flax NNX behind a functional waist: plain nested dicts in, arrays out.
+
+Axis dictionary (capital suffixes of names): B batch, T time, D embed, H head, K head_dim, F mlp,
+V vocab, L layer, S cached time. Parameters are nested dicts whose paths and shapes are those of
+`architecture.gpt_signatures`; the blocks' are stacked on a leading layer axis.
+
+Pre-norm decoder after Radford et al. 2019 (GPT-2); rotary positions after Su et al. 2021
+(arXiv 2104.09864), RMSNorm after Zhang & Sennrich 2019 (arXiv 1910.07467), SwiGLU after Shazeer 2020
+(arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from jaxmorph.config.settings import ModelConfig
+from jaxmorph.model.architecture import (
+    INDEX_AXES,
+    RANK_AXES,
+    gpt_axis_sizes,
+    gpt_signatures,
+    scans_layers,
+)
+from jaxmorph.model.blocks import (
+    Block,
+    Cache,
+    Gates,
+    Head,
+    Params,
+    add_row,
+    dropout,
+    with_params,
+)
+from jaxmorph.model.lora import adapted
+from jaxmorph.model.precision import parameter_dtype, wide_dtype
+from jaxmorph.model.signatures import Signature
+
+Constrain = Callable[[jax.Array], jax.Array]
+_LARGEST_LOGITS = 256 << 20  # bytes of logits above which the loss goes through them in chunks
+_LOSS_CHUNK = 4096  # tokens
+
+
+def init(config: ModelConfig, rng: jax.Array) -> Params:
+    """Return freshly initialised parameters.
+
+    Gains are one and biases zero; matrices are normal with `init_std`, those of each layer that add to
+    the residual stream with `init_std / √(2·n_layers)` (Radford et al. 2019). Of an adapter the
+    second factor is zero, the first normal with a variance of one over the entries it sums. Each
+    leaf's randomness depends on its path alone, so that adding a parameter leaves the others as they
+    were.
+
+    Args:
+      config: the architecture.
+      rng: a PRNG key.
+    """
+    sizes, dtype = gpt_axis_sizes(config), parameter_dtype(config)
+    leaves = {
+        tuple(path.split("/")): init_leaf(
+            signature,
+            signature.shape(sizes),
+            jax.random.fold_in(rng, zlib.crc32(path.encode())),
+            config,
+            dtype,
+        )
+        for path, signature in gpt_signatures(config).items()
+    }
+    return traverse_util.unflatten_dict(leaves)
+
+
+def init_leaf(
+    signature: Signature,
+    shape: tuple[int, ...],
+    rng: jax.Array,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Return the initial value of one parameter, as its signature says (see `init`)."""
+    if signature.is_gain:
+        return jnp.ones(shape, dtype)
+    if not signature.is_matrix or RANK_AXES & set(signature.consumed):
+        return jnp.zeros(shape, dtype)
+    std = config.init_std
+    if signature.adds_to_residual and signature.stacked:
+        std /= (2 * max(1, config.n_layers)) ** 0.5
+    elif RANK_AXES & set(signature.produced):
+        picked = bool(INDEX_AXES & set(signature.consumed))
+        summed = signature.produced if picked else signature.consumed
+        sizes = dict(zip(signature.axes, shape, strict=True))
+        std = math.prod(sizes[axis] for axis in summed) ** -0.5
+    return jax.random.normal(rng, shape, dtype) * jnp.asarray(std, dtype)
+
+
+def open_gates(config: ModelConfig) -> Gates:
+    """Return gates that leave every layer and head as it is: all ones."""
+    dtype = parameter_dtype(config)
+    return {
+        "layer": jnp.ones(config.n_layers, dtype),
+        "head": jnp.ones((config.n_layers, config.n_heads), dtype),
+        "lora_alpha": jnp.ones((), dtype),
+    }
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    gates: Gates,
+    dropout_key: jax.Array | None = None,
+    constrain: Constrain = lambda x: x,
+) -> jax.Array:
+    """Return next-token logits [B, T, V] in float32 (float64 with dtype float64).
+
+    Args:
+      config: the architecture.
+      params: nested dict of parameters.
+      tokens_BT: token ids, int32, T ≤ seq_len.
+      gates: "layer" [L] and "head" [L, H].
+      dropout_key: PRNG key; None: no dropout.
+      constrain: applied to the residual stream [B, T, D] after each block, to pin its sharding.
+    """
+    params = adapted(config, params, gates["lora_alpha"])
+    hidden_BTD = _hidden(config, params, tokens_BT, gates, dropout_key, constrain)
+    return _logits(config, params, hidden_BTD)
+
+
+def _hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    gates: Gates,
+    dropout_key: jax.Array | None,
+    constrain: Constrain,
+) -> jax.Array:
+    """Return the normalised last residual stream [B, T, D]; `params` without adapters."""
+    embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    x_BTD = _embed(config, params, tokens_BT, jnp.zeros((), jnp.int32))
+    x_BTD = constrain(dropout(x_BTD, config.dropout, embed_key))
+    keys = None if blocks_key is None else jax.random.split(blocks_key, config.n_layers)
+
+    def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        layer_params, layer_gates, key = layer
+        x_BTD, _ = with_params(Block, config, layer_params)(x_BTD, layer_gates, key)
+        return constrain(x_BTD), None
+
+    if config.remat:
+        block = jax.checkpoint(block)
+    x_BTD, _ = _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates), keys))
+    return with_params(Head, config, params["head"]).normalise(x_BTD)
+
+
+def loss(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    gates: Gates,
+    dropout_key: jax.Array | None = None,
+    constrain: Constrain = lambda x: x,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the mean next-token cross-entropy in nats, and the accuracy.
+
+    Args:
+      config: the architecture.
+      params: nested dict of parameters.
+      tokens_BT: [B, T + 1]: inputs and, one to the right, their targets.
+      gates: "layer" [L] and "head" [L, H].
+      dropout_key: PRNG key; None: no dropout.
+      constrain: see `forward`.
+
+    Where all logits at once would be large they are computed, and recomputed in the backward pass,
+    `loss_chunk` tokens at a time.
+    """
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    params = adapted(config, params, gates["lora_alpha"])
+    hidden_BTD = _hidden(config, params, inputs_BT, gates, dropout_key, constrain)
+    chunk = _chunk_size(config, targets_BT.size)
+
+    def totals(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = _logits(config, params, hidden)
+        target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - target_logit
+        hits = jax.lax.argmax(logits, logits.ndim - 1, targets.dtype) == targets
+        return nats.sum(), hits.sum(dtype=nats.dtype)
+
+    if not chunk:
+        nats, hits = totals(hidden_BTD, targets_BT)
+    else:
+        nats, hits = _in_chunks(totals, hidden_BTD, targets_BT, chunk)
+    return nats / targets_BT.size, hits / targets_BT.size
+
+
+def empty_cache(config: ModelConfig, batch: int) -> Cache:
+    """Return an empty cache of keys and values for `batch` sequences of up to seq_len tokens."""
+    shape = (config.n_layers, batch, config.seq_len, config.n_heads, config.head_dim)
+    return {name: jnp.zeros(shape, jnp.dtype(config.dtype)) for name in ("key", "value")}
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    position: jax.Array,
+    *,
+    gates: Gates,
+) -> tuple[jax.Array, Cache]:
+    """Return the logits [B, T, V] of T further tokens, and the cache that includes them.
+
+    Args:
+      config: the architecture.
+      params: nested dict of parameters.
+      cache: keys and values of the tokens before.
+      tokens_BT: the further tokens.
+      position: how many tokens the cache holds, an int32 scalar; position + T ≤ seq_len.
+      gates: "layer" [L] and "head" [L, H].
+    """
+    params = adapted(config, params, gates["lora_alpha"])
+    x_BTD = _embed(config, params, tokens_BT, position)
+
+    def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, Cache]:
+        layer_params, layer_gates, layer_cache = layer
+        run = with_params(Block, config, layer_params)
+        return run(x_BTD, layer_gates, None, layer_cache, position)
+
+    x_BTD, cache = _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates), cache))
+    return _logits(
+        config, params, with_params(Head, config, params["head"]).normalise(x_BTD)
+    ), cache
+
+
+def _per_layer(gates: Gates) -> Gates:
+    return {name: gates[name] for name in ("layer", "head")}
+
+
+def _embed(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, position: jax.Array
+) -> jax.Array:
+    """Return token plus position embeddings in the compute dtype; the first token is at `position`."""
+    dtype = jnp.dtype(config.dtype)
+    x_BTD = params["embed"]["tokens"][tokens_BT].astype(dtype)
+    if config.positions == "learned":
+        table_PD = params["embed"]["positions"]
+        rows_TD = jax.lax.dynamic_slice_in_dim(table_PD, position, tokens_BT.shape[1], 0)
+        flat = add_row(x_BTD.reshape(x_BTD.shape[0], -1), rows_TD.astype(dtype).reshape(-1))
+        x_BTD = flat.reshape(x_BTD.shape)
+    return x_BTD
+
+
+def _logits(config: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    return with_params(Head, config, params["head"]).logits(hidden_BTD, params["embed"]["tokens"])
+
+
+def _run_layers(config: ModelConfig, block: Callable, x: jax.Array, stacked: Any) -> tuple:
+    """Carry `x` through `block(x, layer)` for every layer of `stacked`; stack what each returns."""
+    if scans_layers(config) or not config.n_layers:  # over no layers a scan knows its outputs
+        return jax.lax.scan(block, x, stacked)
+    leaves, structure = jax.tree.flatten(stacked)
+    outputs = []
+    # unstack, not indexing: its gradient is one stack instead of n_layers padded sums.
+    for layer in zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True):
+        x, output = block(x, jax.tree.unflatten(structure, layer))
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaf: jnp.stack(leaf), *outputs)
+
+
+def _chunk_size(config: ModelConfig, tokens: int) -> int:
+    """Return how many tokens' logits to hold at once, 0 for all."""
+    if config.loss_chunk is not None:
+        return 0 if config.loss_chunk >= tokens else config.loss_chunk
+    return _LOSS_CHUNK if 4 * tokens * config.vocab_size > _LARGEST_LOGITS else 0
+
+
+def _in_chunks(
+    totals: Callable, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sum `totals(hidden, targets)` over chunks of tokens, recomputing each in the backward pass."""
+    hidden, targets = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)
+    whole = targets.size // chunk * chunk
+    step = jax.checkpoint(totals)
+
+    def body(carry: tuple, part: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, carry, step(*part)), None
+
+    zero = jnp.zeros((), wide_dtype(hidden.dtype))
+    parts = (
+        hidden[:whole].reshape(-1, chunk, hidden.shape[-1]),
+        targets[:whole].reshape(-1, chunk),
+    )
+    sums, _ = jax.lax.scan(body, (zero, zero), parts)
+    if whole < targets.size:
+        sums = jax.tree.map(jnp.add, sums, step(hidden[whole:], targets[whole:]))
+    return sums

@@ -1,0 +1,20 @@
+"""Which dtype is used for what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxmorph.config.settings import ModelConfig
+
+
+def parameter_dtype(config: ModelConfig) -> jnp.dtype:
+    """Return the dtype of parameters and optimizer state: float32, or float64 when computing in it."""
+    return jnp.dtype("float64" if config.dtype == "float64" else "float32")
+
+
+def wide_dtype(dtype: Any) -> jnp.dtype:
+    """Return what statistics and sums over entries of `dtype` are taken in: float32 or wider."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype("float32")

@@ -1,0 +1,35 @@
+"""Leaves of pytrees by their path, and the parameter that a leaf of a state mirrors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def parameter_path(path: tuple) -> str:
+    """Return the parameter that a leaf of a state mirrors: the dict keys that end its path.
+
+    Optimizer states nest the parameters' own dicts inside their fields (mu, nu, trace, ...), so the
+    trailing dict keys of a leaf's path name its parameter: ".opt_state[1].mu['embed']['tokens']" is
+    "embed/tokens". "" for a leaf that mirrors none.
+    """
+    names: list[str] = []
+    for key in reversed(path):
+        if not isinstance(key, jax.tree_util.DictKey):
+            break
+        names.append(str(key.key))
+    return "/".join(reversed(names))
+
+
+def leaves_by_path(state: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by their path, written with slashes, in the tree's order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def from_leaves(abstract: Any, leaves: dict[str, Any]) -> Any:
+    """Return a pytree of the structure of `abstract` with the given leaves (see `leaves_by_path`)."""
+    paths = list(leaves_by_path(abstract))
+    assert set(paths) == set(leaves), set(paths) ^ set(leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in paths])

@@ -1,0 +1,1 @@
+"""One training step: the state it maps, the gradient, the update rule, and where arrays lie."""

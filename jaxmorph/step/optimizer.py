@@ -1,0 +1,161 @@
+"""The update rules, composed from optax; what each parameter gets follows from its signature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+
+from jaxmorph.config.settings import OptimizerSettings
+from jaxmorph.model.architecture import INDEX_AXES
+from jaxmorph.model.precision import wide_dtype
+from jaxmorph.model.signatures import Signature
+from jaxmorph.model.tree_paths import parameter_path
+
+_MUON_RMS = 0.2  # of a muon update; Adam's usual one (Liu et al. 2025, arXiv 2502.16982)
+
+
+def make_optimizer(
+    settings: OptimizerSettings,
+    signatures: Mapping[str, Signature],
+    frozen: Collection[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer: clip, one rule per group of parameters, times the learning rate.
+
+    Its `update(gradients, state, params, learning_rate=...)` takes the learning rate as an array, so
+    that a schedule is evaluated inside the compiled step and a change of rate recompiles nothing.
+
+    Groups: "hidden" are the matrices between activations, "index" those that a vocabulary or position
+    picks rows of or produces, "vector" biases and gains. Vectors are not decayed; muon updates the
+    hidden matrices only and leaves the rest to AdamW. What is "frozen" gets no update, no decay and
+    no optimizer state.
+
+    Args:
+      settings: which rule, and its constants.
+      signatures: signature of each parameter by path; parameters are nested dicts of those paths.
+      frozen: paths of parameters that are not trained.
+    """
+    clip = [optax.clip_by_global_norm(settings.grad_clip)] if settings.grad_clip > 0 else []
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        group: _rule(settings, group, signatures) for group in ("hidden", "index", "vector")
+    }
+    rules["frozen"] = optax.set_to_zero()
+    grouped = optax.multi_transform(rules, group_labels(signatures, frozen))
+    return optax.with_extra_args_support(
+        optax.chain(*clip, grouped, scale_by_learning_rate_argument())
+    )
+
+
+def group_labels(
+    signatures: Mapping[str, Signature], frozen: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the optimizer group of each parameter, as nested dicts like the parameters."""
+    labels = {
+        tuple(path.split("/")): "frozen" if path in frozen else _group(signature)
+        for path, signature in signatures.items()
+    }
+    return traverse_util.unflatten_dict(labels)
+
+
+def scale_by_learning_rate_argument() -> optax.GradientTransformationExtraArgs:
+    """Return a transform multiplying updates by minus the extra argument `learning_rate`."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        rate = extra["learning_rate"]
+        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _group(signature: Signature) -> str:
+    if not signature.is_matrix:
+        return "vector"
+    return "index" if INDEX_AXES & set(signature.axes) else "hidden"
+
+
+def _rule(
+    settings: OptimizerSettings, group: str, signatures: Mapping[str, Signature]
+) -> optax.GradientTransformation:
+    if settings.optimizer == "muon" and group == "hidden":
+        scaling = _muon(settings, signatures)
+    else:
+        scaling = _scaling(settings)
+    decay = [] if group == "vector" else [optax.add_decayed_weights(settings.weight_decay)]
+    return optax.chain(scaling, *decay)
+
+
+def _scaling(settings: OptimizerSettings) -> optax.GradientTransformation:
+    match settings.optimizer:
+        case "adamw" | "muon":
+            return optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)
+        case "lion":
+            return optax.scale_by_lion(settings.beta1, settings.beta2)
+        case "sgd":
+            return optax.trace(settings.beta1) if settings.beta1 else optax.identity()
+        case "adafactor":
+            # Shazeer & Stern 2018 (arXiv 1804.04235) without relative step sizes: the schedule rules.
+            return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        case unknown:
+            raise AssertionError(unknown)
+
+
+def _muon(
+    settings: OptimizerSettings, signatures: Mapping[str, Signature]
+) -> optax.GradientTransformation:
+    """Return muon (Jordan et al. 2024) over whole matrices, each stacked layer by itself."""
+
+    def over_matrices(rule: Callable[[Signature, Any], Any], updates: optax.Updates) -> Any:
+        def one(path: tuple, leaf: Any) -> Any:
+            masked = isinstance(leaf, optax.MaskedNode)
+            return leaf if masked else rule(signatures[parameter_path(path)], leaf)
+
+        return jax.tree_util.tree_map_with_path(
+            one, updates, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
+        )
+
+    def dimension_numbers(signature: Signature, _: jax.Array) -> MuonDimensionNumbers:
+        consumed, produced = signature.matrix_dimensions
+        return MuonDimensionNumbers(consumed, produced)
+
+    def scale(signature: Signature, update: jax.Array) -> jax.Array:
+        sizes = [math.prod(update.shape[d] for d in part) for part in signature.matrix_dimensions]
+        return update * (_MUON_RMS * math.sqrt(max(sizes)))
+
+    return optax.chain(
+        scale_by_muon(
+            beta=settings.beta1,
+            weight_dimension_numbers=lambda updates: over_matrices(dimension_numbers, updates),
+        ),
+        optax.stateless(lambda updates, _: over_matrices(scale, updates)),
+    )
+
+
+def plateau_transform(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
+    """Return optax's reduce_on_plateau, to be fed one validation loss per evaluation."""
+    return optax.contrib.reduce_on_plateau(
+        factor=settings.plateau_factor,
+        patience=settings.plateau_patience,
+        min_scale=settings.min_lr_ratio,
+    )
+
+
+def global_norm(gradients: optax.Updates) -> jax.Array:
+    """Return the Euclidean norm over all leaves, summed in float32 or wider."""
+    squares = [
+        jnp.sum(jnp.square(g.astype(wide_dtype(g.dtype)))) for g in jax.tree.leaves(gradients)
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0]))

@@ -1,0 +1,283 @@
+"""The table of operations: what each takes, what it does to a run's shape, and how it is described."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from small_models import resolved
+
+from jaxmorph.config.run_shape import OperationError, RunShape, scaled_count, whole_product
+from jaxmorph.config.start import model_config
+from jaxmorph.growth.operations import OPERATIONS, describe_operations
+
+DOCUMENTED = [
+    "change_lr",
+    "change_batch_size",
+    "change_grad_accum",
+    "reset_lr_schedule",
+    "change_warmup_iters",
+    "change_eval_iters",
+    "change_eval_interval",
+    "change_lora_alpha",
+    "stack_layers",
+    "widen_mlp",
+    "decrease_attn_lora_scaling",
+    "decrease_vocab_lora_scaling",
+    "merge_lora_weights",
+]
+SET = [
+    "lr",
+    "batch_size",
+    "grad_accum",
+    "warmup_iters",
+    "eval_iters",
+    "eval_interval",
+    "lora_alpha",
+    "seq_len",
+]
+
+
+def make_shape(**changes) -> RunShape:
+    """4 layers × 64, 4 heads × 16, MLP 96, rotary, context 48, ranks 16 and 8, batch 10."""
+    settings = resolved("--n_layers", "4", "--d_model", "64", "--n_heads", "4", "--d_ff", "96")
+    model = dataclasses.replace(
+        model_config(settings, 50),
+        seq_len=48,
+        positions="rotary",
+        attn_lora_rank=16,
+        vocab_lora_rank=8,
+    )
+    model_fields = {field.name for field in dataclasses.fields(model)}
+    sizes = {name: size for name, size in changes.items() if name in model_fields}
+    shape = RunShape(
+        model=dataclasses.replace(model, **sizes),
+        batch_size=10,
+        grad_accum_steps=3,
+        eval_iters=7,
+        eval_interval=100,
+        warmup_steps=50,
+        learning_rate=1e-3,
+        lr_multiplier=2.0,
+        lora_alpha=32.0,
+    )
+    return dataclasses.replace(shape, **{n: c for n, c in changes.items() if n not in sizes})
+
+
+def difference(before: RunShape, after: RunShape) -> dict:
+    """The fields that differ, the model's by their own names."""
+
+    def flat(shape):
+        fields = dataclasses.asdict(shape)
+        return fields.pop("model") | fields
+
+    old = flat(before)
+    return {name: new for name, new in flat(after).items() if new != old[name]}
+
+
+def test_the_table_has_every_operation():
+    names = {*DOCUMENTED, *(f"set_{name}" for name in SET)}
+    assert set(OPERATIONS) == names | {"widen_heads", "widen_embed", "change_seq_len"}
+    assert all(name == operation.name for name, operation in OPERATIONS.items())
+
+
+# operation, value, options, what changes
+CHANGES = [
+    ("change_lr", 0.5, {}, {"lr_multiplier": 1.0}),
+    ("set_lr", 3e-3, {}, {"lr_multiplier": 3.0}),
+    ("change_batch_size", 1.5, {}, {"batch_size": 15}),
+    ("change_batch_size", 1.26, {}, {"batch_size": 12}),
+    ("change_batch_size", 0.01, {}, {"batch_size": 1}),
+    ("set_batch_size", 12, {}, {"batch_size": 12}),
+    ("change_grad_accum", 2, {}, {"grad_accum_steps": 6}),
+    ("change_grad_accum", 0.3, {}, {"grad_accum_steps": 1}),
+    ("set_grad_accum", 5, {}, {"grad_accum_steps": 5}),
+    ("reset_lr_schedule", None, {}, {}),
+    ("change_warmup_iters", 1.1, {}, {"warmup_steps": 55}),
+    ("set_warmup_iters", 0, {}, {"warmup_steps": 0}),
+    ("change_eval_iters", 1.5, {}, {"eval_iters": 10}),
+    ("set_eval_iters", 9, {}, {"eval_iters": 9}),
+    ("change_eval_interval", 1.15, {}, {"eval_interval": 115}),
+    ("set_eval_interval", 30, {}, {"eval_interval": 30}),
+    ("change_lora_alpha", 0.5, {}, {"lora_alpha": 16.0}),
+    ("set_lora_alpha", 8, {}, {"lora_alpha": 8}),
+    ("stack_layers", 2, {}, {"n_layers": 8}),
+    ("stack_layers", 1.25, {"order": "middle"}, {"n_layers": 5}),
+    ("widen_mlp", 1.5, {"recipe": "fresh"}, {"d_ff": 144}),
+    ("widen_mlp", 97 / 96, {}, {"d_ff": 97}),
+    ("widen_heads", 1.5, {}, {"n_heads": 6}),
+    ("widen_embed", 3, {"recipe": "even"}, {"d_model": 192}),
+    ("change_seq_len", 2, {}, {"seq_len": 96}),
+    ("change_seq_len", 1 / 3, {}, {"seq_len": 16}),
+    ("set_seq_len", 40, {}, {"seq_len": 40}),
+    ("decrease_attn_lora_scaling", 2, {}, {"attn_lora_rank": 32}),
+    ("decrease_attn_lora_scaling", 0.0625, {}, {"attn_lora_rank": 1}),
+    ("decrease_vocab_lora_scaling", 0.5, {}, {"vocab_lora_rank": 4}),
+    ("decrease_vocab_lora_scaling", 8, {}, {"vocab_lora_rank": 64}),
+    ("merge_lora_weights", None, {}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "options", "changed"), CHANGES)
+def test_operation_changes_what_its_name_says_and_nothing_else(name, value, options, changed):
+    shape = make_shape()
+    assert difference(shape, OPERATIONS[name].next_shape(shape, value, options)) == changed
+
+
+def test_every_operation_is_in_the_tests():
+    assert {name for name, *_ in CHANGES} == set(OPERATIONS)
+
+
+# operation, value, options, the shape's changes, the words the error must hold
+REFUSED = [
+    ("change_lr", 0, {}, {}, ["value", "got 0", "> 0"]),
+    ("change_lr", 1e6, {}, {"lr_multiplier": 1e25}, ["1e+30"]),
+    ("change_batch_size", 1e6, {}, {"batch_size": 4000}, ["2147483647"]),
+    ("reset_lr_schedule", 1.0, {}, {}, ["null"]),
+    ("stack_layers", 1, {}, {}, ["(4 × 1 = 4)", "1.25 gives 5"]),
+    ("stack_layers", 1.3, {}, {}, ["(4 × 1.3 = 5.2)", "1.25 gives 5", "1.5 gives 6"]),
+    ("stack_layers", 2.5, {}, {"n_layers": 0}, ["2.5", "a whole number of layers"]),
+    ("widen_mlp", 1.013, {}, {"d_ff": 64}, ["64 × 1.013 = 64.832", "1.015625 gives 65"]),
+    ("widen_mlp", 1.0, {}, {}, ["> 1"]),
+    ("widen_heads", 1.1, {}, {}, ["n_heads", "1.25 gives 5"]),
+    ("widen_embed", 2.5, {}, {}, ["2.5", "whole multiple", "2 or 3"]),
+    ("widen_embed", 2, {"recipe": "split"}, {}, ["options: recipe", "'split'", "one of even"]),
+    ("change_seq_len", 1.01, {}, {}, ["48 × 1.01 = 48.48", "1.0208333333333333 gives 49"]),
+    ("change_seq_len", 2, {}, {"positions": "learned"}, ["48 learned positions", "96", "rotary"]),
+    ("set_seq_len", 49, {}, {"positions": "learned"}, ["49", "48 learned positions"]),
+    ("decrease_attn_lora_scaling", 1.05, {}, {}, ["16 × 1.05 = 16.8", "1.0625 gives 17"]),
+    ("decrease_attn_lora_scaling", 8, {}, {}, ["from 1 to 64", "16 × 8 = 128", "4 gives 64"]),
+    ("decrease_attn_lora_scaling", 0.03, {}, {}, ["0.0625 gives 1"]),
+    (
+        "decrease_attn_lora_scaling",
+        2,
+        {},
+        {"attn_lora_rank": 0},
+        ["name", "attn_lora_rank_divisor"],
+    ),
+    ("decrease_vocab_lora_scaling", 2, {}, {"vocab_lora_rank": 0}, ["vocab_lora_rank_divisor"]),
+    (
+        "merge_lora_weights",
+        None,
+        {},
+        {"attn_lora_rank": 0, "vocab_lora_rank": 0},
+        ["attn_lora_rank_divisor or vocab_lora_rank_divisor"],
+    ),
+    ("stack_layers", 2, {"anneal_steps": 5}, {}, ["options: anneal_steps", "recipe masked"]),
+    ("stack_layers", 2, {"recipe": "masked", "anneal_steps": 0}, {}, ["anneal_steps", "≥ 1"]),
+    ("widen_mlp", 2, {"spread": 0.5, "recipe": "even"}, {}, ["recipe split with it (it is even)"]),
+    ("widen_mlp", 2, {"recipes": "even"}, {}, ["options", "did you mean 'recipe'"]),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "options", "changes", "words"), REFUSED)
+def test_operation_refuses_what_it_cannot_do(name, value, options, changes, words):
+    shape = make_shape(**changes)
+    with pytest.raises(OperationError) as caught:
+        OPERATIONS[name].next_shape(shape, value, options)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("size", [7, 48, 96, 12_345])
+def test_factors_named_in_a_refusal_work(size):
+    for factor in (0.377, 1.013, 2.71828):
+        with pytest.raises(OperationError) as caught:
+            OPERATIONS["change_seq_len"].next_shape(make_shape(seq_len=size), factor, {})
+        for part in caught.value.expected.split("; ")[1].split(", "):
+            works, _, gives = part.partition(" gives ")
+            after = OPERATIONS["change_seq_len"].next_shape(
+                make_shape(seq_len=size), float(works), {}
+            )
+            assert after.model.seq_len == int(gives)
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "product"),
+    [
+        (10, 1.1, 11),
+        (100, 1.15, 115),
+        (96, 0.3333333333333333, 32),
+        (96, 0.3333333333, None),
+        (64, 1.013, None),
+        (49, 1 / 49, 1),
+        (7, 3, 21),
+        (0, 5.0, None),
+    ],
+)
+def test_product_is_whole_as_it_was_written(size, factor, product):
+    assert whole_product(size, factor) == product
+
+
+def test_counts_are_rounded_down_but_not_below_a_decimal_as_written():
+    assert [scaled_count(100, f) for f in (1.15, 1.1599, 0.29, 0.001)] == [115, 115, 29, 1]
+    assert scaled_count(0, 3.0) == 1
+
+
+def test_layers_can_come_from_none():
+    shape = make_shape(n_layers=0)
+    assert OPERATIONS["stack_layers"].next_shape(shape, 1.0, {}).model.n_layers == 1
+    assert OPERATIONS["stack_layers"].next_shape(shape, 6, {}).model.n_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "options", "exact"),
+    [
+        ("change_lr", 2.0, {}, True),
+        ("change_lora_alpha", 2.0, {}, False),
+        ("stack_layers", 2.0, {}, False),
+        ("stack_layers", 2.0, {"recipe": "identity"}, True),
+        ("stack_layers", 2.0, {"recipe": "masked"}, True),
+        ("widen_mlp", 2.0, {}, True),
+        ("widen_heads", 2.0, {"recipe": "noise"}, False),
+        ("widen_embed", 2.0, {}, True),
+        ("decrease_attn_lora_scaling", 2.0, {}, True),
+        ("decrease_vocab_lora_scaling", 0.5, {}, False),
+        ("merge_lora_weights", None, {}, True),
+    ],
+)
+def test_operation_says_whether_it_keeps_the_function(name, value, options, exact):
+    operation = OPERATIONS[name]
+    assert operation.exact(make_shape(), value, operation.with_defaults(options)) is exact
+
+
+def test_only_batch_size_and_changes_of_shape_recompile():
+    before = make_shape()
+    for name, value, options, _ in CHANGES:
+        operation = OPERATIONS[name]
+        after = operation.next_shape(before, value, options)
+        needs = after.model != before.model or after.batch_size != before.batch_size
+        assert operation.recompiles >= needs, name
+    quiet = {name for name, operation in OPERATIONS.items() if not operation.recompiles}
+    hyper = {name for name, o in OPERATIONS.items() if o.kind == "hyperparameter"}
+    assert quiet == hyper - {"change_batch_size", "set_batch_size"} | {"merge_lora_weights"}
+
+
+def test_options_have_defaults_they_would_accept():
+    for operation in OPERATIONS.values():
+        value = None if operation.value.kind is None else 2
+        for name, option in operation.options.items():
+            chosen = {name: option.default}
+            operation.check(
+                value, chosen | ({option.only[0]: option.only[1]} if option.only else {})
+            )
+
+
+def test_description_tells_of_every_operation_and_option():
+    lines = describe_operations().splitlines()
+    for operation in OPERATIONS.values():
+        place = next(n for n, line in enumerate(lines) if line.split()[0] == operation.name)
+        assert operation.kind in lines[place]
+        assert str(operation.value) in lines[place]
+        assert lines[place + 1].strip() == operation.effect
+        listed = lines[place + 2 : place + 2 + len(operation.options)]
+        for line, (name, option) in zip(listed, operation.options.items(), strict=True):
+            assert line.strip().startswith(f"- {name}: ")
+            assert all(word in line for word in (*option.choices, "default"))
+
+
+def test_words_import_no_jax():
+    code = (
+        "import sys, jaxmorph.growth.schedule, jaxmorph.growth.dry_run;"
+        "sys.exit(bool({'jax', 'matplotlib', 'orbax'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
