@@ -41,23 +41,23 @@ def jaxmorph_marks(arguments: argparse.Namespace, precompile: str) -> dict[str, 
     """Return when each step of a run ended, in seconds, and after which step it grew."""
     import jax
 
+    from jaxmorph.config.mesh import parse_mesh
     from jaxmorph.config.resolve import resolve
+    from jaxmorph.growth.plan import make_plan
     from jaxmorph.system.host_memory import keep_freed_memory
-    from jaxmorph.system.signals import StopSignals
-    from jaxmorph.training.loop import Loop, begin_or_resume
-    from jaxmorph.training.preparation import prepare
+    from jaxmorph.training.loop import train
+    from jaxmorph.training.run import Run
+    from jaxmorph.training.turns import TURNS, Turn
 
     keep_freed_memory()
-
-    class TimedLoop(Loop):
-        """Waits for every step, and notes when it ended."""
-
-        def _after_step(self, signals: StopSignals) -> bool:
-            jax.block_until_ready(self._state.step)
-            marks.append(time.perf_counter())
-            return super()._after_step(signals)
-
     marks: list[float] = []
+
+    def mark(run: Run) -> None:
+        """Wait for the step, and note when it ended."""
+        jax.block_until_ready(run.state["step"])
+        marks.append(time.perf_counter())
+
+    timed = Turn("mark", due=lambda run: run.step > 0, act=mark)
     with tempfile.TemporaryDirectory() as folder:
         schedule = Path(folder, "schedule.json")
         rows = [growth("widen_mlp", arguments), growth("stack_layers", arguments)]
@@ -69,12 +69,11 @@ def jaxmorph_marks(arguments: argparse.Namespace, precompile: str) -> dict[str, 
             **{"precompile": precompile, "scaling_schedule_file": schedule, "progress": "off"},
         }
         settings, sources = resolve([f"--{name}={value}" for name, value in flags.items()])
-        Path(folder, "run/checkpoints").mkdir(parents=True)
-        with contextlib.redirect_stdout(sys.stderr), StopSignals() as signals:
-            setup = prepare(settings, sources, Path(folder, "run"))
-            with contextlib.closing(setup.checkpoints), contextlib.closing(setup.compiler):
-                state, position, resumed = begin_or_resume(setup)
-                TimedLoop(setup, state, position, resumed).run(signals)
+        plan = make_plan(settings, parse_mesh(settings.scale.mesh))
+        with contextlib.redirect_stdout(sys.stderr):
+            status = train(plan, sources, turns=(timed, *TURNS))
+        if status != 0:
+            raise RuntimeError(f"training ended with {status}")
         lines = Path(folder, "run/operations.jsonl").read_text().splitlines()
     fired = [json.loads(line) for line in lines]
     return {

@@ -5,7 +5,9 @@
 One run trains without interruption; it grows in depth, in width, and merges its LoRA adapters.
 Another one, with the same settings in another run folder, is killed by SIGKILL at random (--seed)
 moments and started again until it is done. With --named a third one is killed at the points of
-`jaxmorph.faults` around each of the three morphs (`AROUND`), one after the other.
+`jaxmorph.system.crash_points` around each of the three morphs (`AROUND`), one after the other.
+With --plateau each morph waits for the validation loss to stand still, and for nothing else, so that
+what the trigger has counted must come back with the checkpoint for it to fire at the same step.
 At the end the run folders must say the same. The moments are uniform over a process's time, from its
 start to a limit that lets the run be done soon after the last kill. All run on the CPU, from one copy
 of the package: work on it meanwhile changes nothing.
@@ -46,8 +48,9 @@ CONFIGURATION = {
     **{"batch_size": 8, "grad_accum_steps": 2, "mesh": "data=1", "eval_iters": 4},
     **{"eval_interval": EVAL_INTERVAL, "checkpoint_interval": SAVE_INTERVAL, "log_interval": 1},
     **{"attn_lora_rank_divisor": 8, "lora_base": "trained"},
+    "plateau_min_change": 0.02,  # for --plateau: in 2,000 steps the loss then stands still three times
 }
-MORPHS = (  # each a quarter of the run after the one before
+MORPHS = (
     {"name": "stack_layers", "value": 2, "options": {"recipe": "identity"}},
     {"name": "widen_mlp", "value": 2},
     {"name": "merge_lora_weights", "value": None},
@@ -65,6 +68,7 @@ AROUND = {  # where to kill, around which of the morphs
         *("after_manifest", "after_save"),
     ),
 }
+PATIENCE = 4  # evaluations without an improvement that set a morph off, with --plateau
 CORPUS_CHARACTERS = 500_000  # so that the run passes through it more than once
 PACKAGES = ("jaxmorph", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LIMIT = 900  # seconds; a process that runs longer hangs
@@ -114,6 +118,10 @@ class Run(NamedTuple):
         names = [path.name for path in self.folder.glob("checkpoints/*")]
         return sorted(int(name) for name in names if name.isdigit()) or [0]
 
+    def position(self, step: int) -> dict[str, Any]:
+        """Return where the checkpoint of a step says that the run stands."""
+        return json.loads((self.folder / f"checkpoints/{step}/meta.json").read_text())["position"]
+
 
 def end(run: Run, process: subprocess.Popen, expected: int) -> None:
     """Wait for a process; refuse any but the expected status."""
@@ -139,13 +147,27 @@ def watch(run: Run, process: subprocess.Popen, seconds: float, most: int) -> flo
     return began
 
 
-def undisturbed(run: Run) -> dict[str, float]:
-    """Train to the end; return the seconds of the start-up, of a step and in all."""
+def triggers(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return what sets each morph off: a standstill, or a wait of a quarter of the run."""
+    if arguments.plateau:
+        return {"trigger_plateau": PATIENCE}
+    return {"max_wait_iters": arguments.steps // (len(MORPHS) + 1)}
+
+
+def undisturbed(run: Run, reason: str) -> dict[str, float]:
+    """Train to the end; return the seconds of the start-up, of a step and in all.
+
+    Raises:
+      RuntimeError: a morph has not fired, or not for `reason`; then there is nothing to compare with.
+    """
     start, process = time.monotonic(), run.start()
     startup = watch(run, process, LIMIT, most=1)
     end(run, process, 0)
     whole, lines = time.monotonic() - start, map(json.loads, run.metrics().splitlines()[1:])
     step = statistics.median(line["step_seconds"] for line in lines)
+    fired = [(line["name"], line["reason"]) for line in run.operations()]
+    if problem := _unlike([(morph["name"], reason) for morph in MORPHS], fired):
+        raise RuntimeError(f"operations of the undisturbed run: {problem}")
     return {"startup_seconds": startup, "step_seconds": step, "seconds": whole}
 
 
@@ -168,28 +190,29 @@ def killed_at_random(run: Run, kills: int, seed: int, whole: dict) -> Iterator[d
     end(run, run.start(), 0)
 
 
-def killed_at_points(run: Run) -> Iterator[dict[str, Any]]:
+def killed_at_points(run: Run, whole: Run) -> Iterator[dict[str, Any]]:
     """Yield what was found after a kill at each point around each of the morphs."""
+    steps = [line["step"] for line in whole.operations()]
     for number, (morph, points) in enumerate(AROUND.items()):
         for point in points:
-            count = passings(run, point, number)
+            count = passings(run, point, number, steps)
             end(run, run.start(f"{point}:{count}"), -signal.SIGKILL)
             yield {"during": f"{morph}: {point}"} | after_kill(run)
     end(run, run.start(), 0)
 
 
-def passings(run: Run, point: str, number: int) -> int:
+def passings(run: Run, point: str, number: int, steps: Sequence[int]) -> int:
     """Return how often a resumed process passes a point up to the one around a morph.
 
     Args:
       run: as it lies there.
-      point: of `jaxmorph.faults`.
+      point: of `jaxmorph.system.crash_points`.
       number: of the morph, from 0.
+      steps: at which the morphs fire.
     """
     begun, newest = any(run.folder.glob("checkpoints/[0-9]*")), run.checkpoints()[-1]
-    wait = run.steps // (len(MORPHS) + 1)
-    at = wait * (number + 1)
-    fired = newest // wait  # and in the newest checkpoint
+    at = steps[number]
+    fired = sum(step <= newest for step in steps)  # and in the newest checkpoint
     match point:
         case "step":  # the one that ends with the morph
             return at - newest
@@ -201,7 +224,8 @@ def passings(run: Run, point: str, number: int) -> int:
         case "compiling":  # after that of the stage it begins in
             return 2 + number - fired
         case "before_save" | "during_save" | "after_arrays" | "after_manifest" | "after_save":
-            return at // SAVE_INTERVAL + 1 - newest // SAVE_INTERVAL + (not begun)
+            # the first that has the morph: that of its own step where one is due there
+            return math.ceil(at / SAVE_INTERVAL) - newest // SAVE_INTERVAL + (not begun)
     return number - fired + 1
 
 
@@ -221,7 +245,7 @@ def occupation(run: Run, before: bytes, newest: int) -> str:
 
 
 def after_kill(run: Run) -> dict[str, Any]:
-    """Return the newest checkpoint and the last line after a kill, and what is wrong with them."""
+    """Return the last line and the newest checkpoint after a kill, and what is wrong with them."""
     lines, saved = run.metrics().split(b"\n")[:-1], run.checkpoints()
     steps = [json.loads(line)["step"] for line in lines]
     folders = [p for p in run.folder.glob("checkpoints/*") if p.name.isdigit()]
@@ -230,7 +254,8 @@ def after_kill(run: Run) -> dict[str, Any]:
         wrong.append("metrics.jsonl repeats or misses a step")
     if folders and saved[-1] >= len(steps):
         wrong.append("metrics.jsonl ends before the newest checkpoint")
-    return {"line": len(steps) - 1, "checkpoint": saved[-1] if folders else None, "wrong": wrong}
+    found = {"line": len(steps) - 1, "checkpoint": saved[-1] if folders else None, "wrong": wrong}
+    return found | {"trend": run.position(saved[-1])["trend"] if folders and not wrong else None}
 
 
 def differences(whole: Run, killed: Run) -> dict[str, str]:
@@ -245,6 +270,7 @@ def differences(whole: Run, killed: Run) -> dict[str, str]:
     left = [path.name for pattern in patterns for path in killed.folder.rglob(pattern)]
     return {
         "state_sha256": _unlike(*(read_manifest(p)["state_sha256"] for p in newest)),
+        "position": _unlike(*(r.position(r.checkpoints()[-1]) for r in runs)),
         "operations.jsonl": _unlike(*(r.operations() for r in runs)),
         "metrics.jsonl": _unlike(*unlike[0]) if unlike else "",
         "each step once": _unlike([], [s for s in range(killed.steps + 1) if times[s] != 1]),
@@ -308,6 +334,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--named", action="store_true", help="kill at points around the morphs as well"
     )
+    parser.add_argument(
+        "--plateau", action="store_true", help="the morphs wait for the loss to stand still"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
     parser.add_argument("more", nargs="*", metavar="-- FLAGS", help="further flags of the runs")
     return parser
@@ -332,17 +361,17 @@ def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     corpus, library = folder / "text.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "".join(path.read_text("utf-8", "replace") for path in library)
     corpus.write_text(text[:CORPUS_CHARACTERS], "utf-8")
-    waits = {"trigger_loss": None, "max_wait_iters": arguments.steps // (len(MORPHS) + 1)}
-    rows = [morph | waits | {"reevaluate": True} for morph in MORPHS]
+    rows = [morph | triggers(arguments) | {"reevaluate": True} for morph in MORPHS]
     (folder / "schedule.json").write_text(json.dumps(rows))
     names = (folder / name for name in ("undisturbed", "random", "named"))
     whole, by_time, by_name = (Run(n, corpus, arguments.steps, arguments.more) for n in names)
-    times, series = undisturbed(whole), []
+    times, series = undisturbed(whole, "plateau" if arguments.plateau else "timeout"), []
     if arguments.kills > 0:
         kills = killed_at_random(by_time, arguments.kills, arguments.seed, times)
         series.append(try_series("at random moments", whole, by_time, kills))
     if arguments.named:
-        series.append(try_series("at named points", whole, by_name, killed_at_points(by_name)))
+        kills = killed_at_points(by_name, whole)
+        series.append(try_series("at named points", whole, by_name, kills))
     return {
         "benchmark": "reliability",
         "date": datetime.date.today().isoformat(),
@@ -350,8 +379,11 @@ def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": {n: importlib.metadata.version(n) for n in PACKAGES},
         "python": platform.python_version(),
         "command": " ".join(["python", *sys.argv]),
-        "configuration": {**CONFIGURATION, "max_steps": arguments.steps, "schedule": MORPHS},
+        "configuration": {**CONFIGURATION, "max_steps": arguments.steps, "schedule": rows},
         "undisturbed": times,
+        "operations": [
+            {n: line[n] for n in ("name", "step", "reason")} for line in whole.operations()
+        ],
         "series": series,
         "same": not any(any(each["differences"].values()) for each in series),
     }

@@ -1,4 +1,4 @@
-"""Look at a trained model: `python -m jaxmorph.evaluate sample RUN_DIR --prompt TEXT`."""
+"""Evaluate a trained model: `python -m jaxmorph.evaluate sample RUN_DIR --prompt TEXT`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from jaxmorph.cli.command_line import parse_command, run_door
+from jaxmorph.cli.command_line import parse_command, run_command
 from jaxmorph.cli.errors import InputError
 
 _PROG = "python -m jaxmorph.evaluate"
@@ -23,26 +23,26 @@ class Sample:
     run_dir: tyro.conf.Positional[str]
     """The run folder."""
     prompt: str = "\n"
-    """Text to go on from."""
+    """Text to continue."""
     max_new_tokens: int = 300
     """Tokens to generate."""
     temperature: float = 0.8
-    """Below 1 bolder on likely tokens, above 1 wilder; 0 always takes the likeliest."""
+    """Below 1 favours likely tokens, above 1 flattens the distribution; 0 takes the likeliest."""
     top_k: int = 0
-    """Draw among this many likeliest tokens; 0: among all."""
+    """Sample from this many likeliest tokens; 0: from all."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     checkpoint: int | None = None
     """Step of the checkpoint. Default: the newest sound one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the door and return its exit status (see `--help`)."""
-    return run_door(lambda: _evaluate(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit status (see `--help`)."""
+    return run_command(lambda: _evaluate(sys.argv[1:] if argv is None else argv))
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    return _sample(parse_command({"sample": Sample}, argv, _PROG, "Look at a trained model."))
+    return _sample(parse_command({"sample": Sample}, argv, _PROG, "Evaluate a trained model."))
 
 
 def _check(command: Sample) -> None:
@@ -86,7 +86,7 @@ def _sample(command: Sample) -> int:
     for _, token in zip(range(command.max_new_tokens), tokens, strict=False):
         ids.append(token)
         text = tokenizer.decode(ids)
-        # A character can be spread over several tokens: show what is whole.
+        # A character can span several tokens: show only complete ones.
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             print(text[len(shown) :], end="", flush=True)
             shown = text

@@ -1,7 +1,7 @@
-"""Pictures: `python -m jaxmorph.plot {schedule,run,report}`.
+"""Figures: `python -m jaxmorph.plot {schedule,run,report}`.
 
-`schedule` draws learning-rate schedules before anything is trained and prints their key points;
-`run` draws the losses of runs over one another; `report` rewrites a run's report.html.
+`schedule` draws learning-rate schedules without training and prints their key points; `run` draws
+the losses of several runs in one figure; `report` rewrites a run's report.html.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxmorph.cli.command_line import parse_command, run_door
+from jaxmorph.cli.command_line import parse_command, run_command
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.resolve import Sources, check_warmup, warmup_steps
+from jaxmorph.cli.wording import aligned
+from jaxmorph.config.checks import check_warmup
 from jaxmorph.config.settings import (
     OptimizerSettings,
     Positive,
@@ -28,6 +29,8 @@ from jaxmorph.config.settings import (
     Settings,
     Within,
 )
+from jaxmorph.config.sources import Sources
+from jaxmorph.config.start import warmup_steps
 from jaxmorph.step.schedules import (
     KeyPoint,
     key_points,
@@ -38,10 +41,10 @@ from jaxmorph.step.schedules import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from jaxmorph.report.run_record import RunRecord
+
 _PROG = "python -m jaxmorph.plot"
 _KINDS = (".png", ".svg", ".pdf")
-_CURVE_POINTS = 2000
-_DASHES: tuple[Any, ...] = ("-", (0, (7, 3)), (0, (3, 2)))  # curves may coincide
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Schedule:
     min_lr_ratio: Ratio = OptimizerSettings.min_lr_ratio
     """Learning rate at the end, as a fraction of the peak."""
     scheduler: tuple[Scheduler, ...] = (OptimizerSettings.scheduler,)
-    """Shapes to draw, several into one figure."""
+    """Shapes to draw, several in one figure."""
     save: str | None = None
     """File for the figure (.png, .svg, .pdf). Default: lr_schedule.png."""
     allow_warmup_past_end: bool = False
@@ -69,7 +72,7 @@ class Schedule:
     wsd_decay_fraction: Annotated[float, Within(above=0, high=1)] = (
         OptimizerSettings.wsd_decay_fraction
     )
-    """Part of the run that warmup-stable-decay spends decaying."""
+    """Fraction of the run that warmup-stable-decay spends decaying."""
     lr_stairs: Annotated[int, Within(low=2, high=10_000)] = OptimizerSettings.lr_stairs
     """Number of equal stairs of the step schedule."""
     lr_power: PositiveFloat = OptimizerSettings.lr_power
@@ -100,8 +103,8 @@ _COMMANDS = {"schedule": Schedule, "run": Run, "report": Report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the door and return its exit status: 0, or 2 for bad input."""
-    return run_door(lambda: _plot(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit status: 0, or 2 for bad input."""
+    return run_command(lambda: _plot(sys.argv[1:] if argv is None else argv))
 
 
 def _plot(argv: Sequence[str]) -> int:
@@ -129,7 +132,7 @@ def _schedule(command: Schedule) -> None:
 
 
 def _settings(command: Schedule, scheduler: Scheduler) -> Settings:
-    """Return a training run's settings with the same schedule."""
+    """Return the settings of a training run with the same schedule."""
     names = {f.name for f in dataclasses.fields(OptimizerSettings)}
     shared = {n: value for n, value in vars(command).items() if n in names}
     shared |= {"scheduler": scheduler, "learning_rate": command.max_lr}
@@ -149,7 +152,6 @@ def _run(command: Run) -> None:
         raise InputError(f"{_PROG} run", "", None, "at least one run folder")
     path = _figure_path(command.save, "runs.png")
 
-    from jaxmorph.cli.wording import short, short_flops
     from jaxmorph.report.figures import loss_figure
     from jaxmorph.report.run_record import read_run
 
@@ -157,24 +159,29 @@ def _run(command: Run) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(Path(run_dir)) for run_dir in command.run_dirs]
-    rows = []
-    for name, run in zip(names, runs, strict=True):
-        steps, losses = run.series["val/loss"]
-        best = int(losses.argmin()) if len(losses) else 0
-        tokens, flops = run.series["tokens"].values, run.series["flops"].values
-        rows.append(
-            (
-                name,
-                f"{run.last_step:,}",
-                f"{losses[-1]:.4f}" if len(losses) else "–",
-                f"{losses[best]:.4f} at {steps[best]:,}" if len(losses) else "–",
-                short(tokens[-1]) if len(tokens) else "–",
-                short_flops(flops[-1]) if len(flops) else "–",
-            )
-        )
-    header = ("run", "steps", "final val loss", "best val loss", "tokens", "FLOPs")
-    print(_table(header, rows), end="\n\n")
+    print(_run_table(names, runs), end="\n\n")
     _save(loss_figure(runs, names), path)
+
+
+def _run_table(names: Sequence[str], runs: Sequence[RunRecord]) -> str:
+    """Return each run's steps, its final and best objective, and its running totals."""
+    judged = [metric for metric in runs[0].metrics if metric.best]
+    totals = runs[0].of_kind("total")
+    words = [metric.name.replace("/", " ") for metric in judged]
+    header = ["run", "steps", *(f"{which} {word}" for word in words for which in ("final", "best"))]
+    rows = [[*header, *(total.brief or total.label for total in totals)]]
+    for name, run in zip(names, runs, strict=True):
+        rows.append([name, f"{run.last_step:,}"])
+        for metric in judged:
+            if best := run.best(metric):
+                final = metric.written(run.series[metric.name].values[-1])
+                rows[-1] += [final, f"{metric.written(best[1])} at {best[0]:,}"]
+            else:
+                rows[-1] += ["–", "–"]
+        for metric in totals:
+            values = run.series[metric.name].values
+            rows[-1].append(metric.written(values[-1]) if len(values) else "–")
+    return "\n".join(aligned(rows, gap=3))
 
 
 def _report(command: Report) -> None:
@@ -184,7 +191,7 @@ def _report(command: Report) -> None:
 
 
 def _figure_path(save: str | None, otherwise: str) -> Path:
-    """Return where a figure goes, refusing a place or a kind of file that cannot be written."""
+    """Return the path of a figure; refuse folders and file types that cannot be written."""
     path = Path(otherwise if save is None else save).expanduser()
     if path.suffix.lower() not in _KINDS:
         raise InputError("--save", "", save, f"a file name ending in {', '.join(_KINDS)}")
@@ -194,28 +201,17 @@ def _figure_path(save: str | None, otherwise: str) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    from jaxmorph.report.figures import rendered
-    from jaxmorph.report.page import replace_file
+    from jaxmorph.report.drawing import rendered
+    from jaxmorph.report.page import write_file
 
-    replace_file(path, rendered(figure, path.suffix.lower()[1:]))
+    write_file(path, rendered(figure, path.suffix.lower()[1:]))
     print(f"Figure: {path}")
 
 
 def _key_table(points: Sequence[KeyPoint]) -> str:
     header = ("point", "step", "learning rate", "ratio")
     rows = [(p.name, f"{p.step:,}", f"{p.learning_rate:.6g}", f"{p.ratio:.4f}") for p in points]
-    return _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  " + "   ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned([header, *rows], gap=3))
 
 
 if __name__ == "__main__":

@@ -36,15 +36,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files go to the cores one by one, these first, so that none of them is left to one core at the end.
 LONGEST_FIRST = (
-    "test_orchestrator",
+    "test_operate",
     "test_conformance",
     "test_lora_morphs",
+    "test_extending",
     "test_train",
+    "test_keep",
+    "test_task",
     "test_width",
     "test_depth",
     "test_programs",
     "test_gpt",
-    "test_transport",
+    "test_apply",
     "test_plot",
     "test_attention",
 )

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_models import flat, resolved, shaken, small_config, small_tokens
+from small_models import flat, resolved, shaken, shape_of, small_config, small_tokens
 
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.model import gpt
-from jaxmorph.model.architecture import frozen_parameters, gpt_signatures
+from jaxmorph.model.trainable import trainable_of
+from jaxmorph.morphs import Report
+from jaxmorph.morphs.gpt import MORPHS, Transition
 from jaxmorph.step.optimizer import make_optimizer
-from jaxmorph.step.state import TrainState, new_state
+from jaxmorph.step.state import Start, TrainState, gates_of, new_state
 
 
 def grown_config(**changes) -> ModelConfig:
@@ -27,13 +29,15 @@ def setting_up(config: ModelConfig, **optimizer) -> tuple[Any, Any]:
     """An optimizer and a state with noise on every parameter and gates that are neither 0 nor 1."""
     plain = {"weight_decay": 0.0, "grad_clip": 0.0}
     rule = dataclasses.replace(resolved().optimizer, **plain | optimizer)
-    made = make_optimizer(rule, gpt_signatures(config), frozen_parameters(config))
+    made = make_optimizer(rule, trainable_of(shape_of(config)))
     settings = dataclasses.replace(resolved(), optimizer=rule)
-    state = new_state(config, settings, made, warmup_steps=0, total_steps=100)
+    state = new_state(Start(settings, shape_of(config), 100), made)
     params = jax.tree.map(jnp.asarray, shaken(jax.device_get(state.params)))
     rng = np.random.default_rng(3)
-    gates = {k: jnp.asarray(0.5 + rng.random(g.shape), g.dtype) for k, g in state.gates.items()}
-    state = dataclasses.replace(state, params=params, opt_state=made.init(params), gates=gates)
+    names = ("layer_gate", "head_gate", "lora_alpha")
+    gates = {n: jnp.asarray(0.5 + rng.random(state[n].shape), state[n].dtype) for n in names}
+    state = dataclasses.replace(state, params=params, opt_state=made.init(params))
+    state = state.with_variables(**gates)
     return made, state
 
 
@@ -50,35 +54,52 @@ def _runs(config: ModelConfig) -> tuple[Any, Any]:
     """The compiled forward pass and gradient of an architecture."""
 
     def forward(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
-        return gpt.forward(config, params, tokens, gates=gates)
+        return gpt.forward(config, params, tokens, gates=gates).logits
 
     def loss(params: Any, gates: Any, tokens: jax.Array) -> jax.Array:
-        return gpt.loss(config, params, tokens, gates=gates)[0]
+        return gpt.measure(config, params, tokens, gates=gates)["loss"].value
 
     return jax.jit(forward), jax.jit(jax.grad(loss))
 
 
 @cache
-def _update(optimizer: Any) -> Any:
+def _update(optimizer: Any, config: ModelConfig) -> Any:
     """The compiled update of an optimizer: parameters, its state, and the updates themselves."""
+    trainable = trainable_of(shape_of(config))
 
     def update(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any, Any]:
-        rate = jnp.asarray(3e-3)
-        updates, opt_state = optimizer.update(gradient, opt_state, params, learning_rate=rate)
-        return optax.apply_updates(params, updates), opt_state, updates
+        rate, view = jnp.asarray(3e-3), trainable.view(params)
+        updates, opt_state = optimizer.update(
+            trainable.view(gradient), opt_state, params, learning_rate=rate
+        )
+        trained: Any = optax.apply_updates(view, updates)
+        return trainable.merged(params, trained), opt_state, updates
 
     return jax.jit(update)
+
+
+def morphed(
+    name: str, config: ModelConfig, state: TrainState, optimizer: Any, key: Any, **call: Any
+) -> tuple[ModelConfig, TrainState, Report]:
+    """The GPT after the morph of an operation, from a call's sizes after and the morph's options."""
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    after = dataclasses.replace(config, **{n: v for n, v in call.items() if n in fields})
+    options = {n: v for n, v in call.items() if n not in fields}
+    transition = Transition(config, after, state, optimizer, key)
+    return after, *MORPHS[name](transition, **options)
 
 
 def logits_of(config: ModelConfig, state: TrainState) -> np.ndarray:
     """Logits on the same few tokens always."""
     tokens = jnp.asarray(small_tokens(2, 12))
-    return np.asarray(_runs(config)[0](state.params, state.gates, tokens))
+    return np.asarray(_runs(config)[0](state.params, gates_of(state.variables), tokens))
 
 
 def gradient_of(config: ModelConfig, state: TrainState, seed: int = 0) -> Any:
     """Gradient of the loss on a few tokens."""
-    return _runs(config)[1](state.params, state.gates, jnp.asarray(small_tokens(2, 13, seed)))
+    return _runs(config)[1](
+        state.params, gates_of(state.variables), jnp.asarray(small_tokens(2, 13, seed))
+    )
 
 
 def function_delta(before: np.ndarray, after: np.ndarray) -> float:
@@ -92,13 +113,13 @@ def updates_after(
     """Train on a text that repeats itself; return the state and the updates of every step."""
     text = np.random.default_rng(7).integers(0, 50, 200)
 
-    gradient, update = _runs(config)[1], _update(optimizer)
+    gradient, update = _runs(config)[1], _update(optimizer, config)
     seen = []
     rng = np.random.default_rng(8)
     for _ in range(steps):
         starts = rng.integers(0, len(text) - 13, 8)
         tokens = jnp.asarray(np.stack([text[at : at + 13] for at in starts]).astype(np.int32))
-        slope = gradient(state.params, state.gates, tokens)
+        slope = gradient(state.params, gates_of(state.variables), tokens)
         params, opt_state, updates = update(slope, state.opt_state, state.params)
         state = dataclasses.replace(state, params=params, opt_state=opt_state)
         seen.append(flat(updates))
@@ -114,7 +135,7 @@ def worst_ratio(
     """
     worst: dict[str, float] = {}
     for step in updates:
-        signatures = gpt_signatures(config)
+        signatures = trainable_of(shape_of(config)).trained
         rest = [u.ravel() for path, u in step.items() if axis not in signatures[path].axes]
         for path, signature in signatures.items():
             if axis not in signature.axes or path.endswith("key_bias"):

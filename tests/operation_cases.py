@@ -86,21 +86,21 @@ class Morph:
 
 STEPS_BEFORE = 6  # of training, before an operation
 TUNINGS = [
-    Tuning("change_lr", 0.5, {"knobs/lr_multiplier": 0.5}, {"lr_multiplier": 0.5}),
-    Tuning("set_lr", 2.5e-3, {"knobs/lr_multiplier": 0.25}, {"lr_multiplier": 0.25}),
+    Tuning("change_lr", 0.5, {"variables/lr_multiplier": 0.5}, {"lr_multiplier": 0.5}),
+    Tuning("set_lr", 2.5e-3, {"variables/lr_multiplier": 0.25}, {"lr_multiplier": 0.25}),
     Tuning("change_batch_size", 2, {}, {"batch_size": 2 * BATCH}),
     Tuning("set_batch_size", 2 * BATCH, {}, {"batch_size": 2 * BATCH}),
     Tuning("change_grad_accum", 3, {}, {"grad_accum_steps": 3}),
     Tuning("set_grad_accum", 2, {}, {"grad_accum_steps": 2}),
-    Tuning("reset_lr_schedule", None, {"knobs/schedule_start": STEPS_BEFORE}, {}),
-    Tuning("change_warmup_iters", 4, {"knobs/warmup_steps": 8}, {"warmup_steps": 8}),
-    Tuning("set_warmup_iters", 9, {"knobs/warmup_steps": 9}, {"warmup_steps": 9}),
+    Tuning("reset_lr_schedule", None, {"variables/schedule_start": STEPS_BEFORE}, {}),
+    Tuning("change_warmup_iters", 4, {"variables/warmup_steps": 8}, {"warmup_steps": 8}),
+    Tuning("set_warmup_iters", 9, {"variables/warmup_steps": 9}, {"warmup_steps": 9}),
     Tuning("change_eval_iters", 0.25, {}, {"eval_iters": 5}),
     Tuning("set_eval_iters", 3, {}, {"eval_iters": 3}),
     Tuning("change_eval_interval", 0.5, {}, {"eval_interval": 125}),
     Tuning("set_eval_interval", 10, {}, {"eval_interval": 10}),
-    Tuning("change_lora_alpha", 0.5, {"gates/lora_alpha": 8.0}, {"lora_alpha": 8.0}),
-    Tuning("set_lora_alpha", 4.0, {"gates/lora_alpha": 4.0}, {"lora_alpha": 4.0}),
+    Tuning("change_lora_alpha", 0.5, {"variables/lora_alpha": 8.0}, {"lora_alpha": 8.0}),
+    Tuning("set_lora_alpha", 4.0, {"variables/lora_alpha": 4.0}, {"lora_alpha": 4.0}),
 ]
 
 

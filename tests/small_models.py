@@ -1,6 +1,7 @@
 """Small architectures and a float64 GPT in NumPy to hold the model against."""
 
 import dataclasses
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -8,8 +9,9 @@ import numpy as np
 from flax import traverse_util
 
 from jaxmorph.config.resolve import resolve
+from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import ModelConfig, Settings
-from jaxmorph.config.start import model_config
+from jaxmorph.config.start import model_config, start_shape
 
 VARIANTS = {
     "gpt2": {},
@@ -39,6 +41,11 @@ def resolved(*argv: str) -> Settings:
     return resolve(list(argv))[0]
 
 
+def shape_of(config: ModelConfig, *argv: str) -> RunShape:
+    """The shape of a run that begins with an architecture; the rest as a command line says."""
+    return dataclasses.replace(start_shape(resolved(*argv), None, None), model=config)
+
+
 def small_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
     """Random token ids [batch, length]."""
     return np.random.default_rng(seed).integers(0, 50, (batch, length)).astype(np.int32)
@@ -63,8 +70,13 @@ def shaken(params: dict, seed: int = 0) -> dict:
     return shake(params)
 
 
-def reference_logits(config: ModelConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] computed with loops and full matrices in float64."""
+def reference_logits(
+    config: ModelConfig, params: dict, tokens: np.ndarray, without: Collection = ()
+) -> np.ndarray:
+    """Logits [B, T, V] computed with loops and full matrices in float64.
+
+    `without` has the heads that are left out, each as (layer, head).
+    """
 
     def wide(node: Any) -> Any:
         if isinstance(node, dict):
@@ -79,7 +91,8 @@ def reference_logits(config: ModelConfig, params: dict, tokens: np.ndarray) -> n
     for layer in range(config.n_layers):
         attention = {name: leaf[layer] for name, leaf in blocks["attention"].items()}
         mlp = {name: leaf[layer] for name, leaf in blocks["mlp"].items()}
-        x = x + _attention(config, attention, x)
+        heads = [head for head in range(config.n_heads) if (layer, head) not in without]
+        x = x + _attention(config, attention, x, heads)
         x = x + _mlp(config, mlp, x)
     x = _norm(config, x, params["head"]["norm"], params["head"].get("norm_bias"))
     output = params["embed"]["tokens"].T if config.tied_head else params["head"]["output"]
@@ -93,11 +106,11 @@ def _norm(config, x, scale, bias):
     return y if bias is None else y + bias
 
 
-def _attention(config, p, x):
+def _attention(config, p, x, heads):
     x = _norm(config, x, p["norm"], p.get("norm_bias"))
     out = np.zeros_like(x)
     B, T, _ = x.shape
-    for head in range(config.n_heads):
+    for head in heads:
         q, k, v = (
             x @ p[name][:, head] + (p[f"{name}_bias"][head] if config.biases else 0.0)
             for name in ("query", "key", "value")

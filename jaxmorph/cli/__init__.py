@@ -1,1 +1,1 @@
-"""What a person meets: flags, YAML and JSON files, errors, numbers and tables in words, progress."""
+"""The user interface: flags, files, errors, formatted numbers and tables, progress."""

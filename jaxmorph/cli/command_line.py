@@ -1,4 +1,4 @@
-"""How every door reads its flags and ends: tyro parses, bad input becomes one line and status 2."""
+"""Flags and exit of every command: tyro parses; bad input gives one line and status 2."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import tyro
 
 from jaxmorph.cli.errors import InputError, nearest
 
-_READER_LEFT = 128 + 13  # what a shell reports of a program that SIGPIPE ended
+_READER_LEFT = 128 + 13  # the exit status that a shell reports for SIGPIPE
 
 
 def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
-    """Return what the flags in `argv` make of `target`.
+    """Parse the flags in `argv` into `target`.
 
-    Flags are spelled with `_` or `-`, are grouped in `--help` by the dataclass they belong to, and
-    never carry that dataclass's name as a prefix. Help texts are the docstrings under the fields.
+    Flags are spelled with `_` or `-`, are grouped in `--help` by dataclass, and never have the
+    dataclass's name as a prefix. Help texts are the docstrings under the fields.
 
     Args:
       target: a dataclass, or an instance of one, whose values are then the defaults.
-      argv: the words after the program's name.
-      prog: the program as the user writes it, for `--help` and for errors.
-      description: what `--help` says first.
+      argv: the arguments after the program's name.
+      prog: the program as the user types it, for `--help` and for errors.
+      description: the first lines of `--help`.
 
     Raises:
       InputError: an unknown or missing flag, or a value of the wrong type, in one line.
@@ -64,16 +64,16 @@ def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
 def parse_command(
     commands: Mapping[str, type], argv: Sequence[str], prog: str, description: str
 ) -> Any:
-    """Return what the words after a sub-command's name make of its dataclass.
+    """Parse the arguments after a sub-command's name into its dataclass.
 
     Args:
-      commands: the dataclass of each sub-command by its name; their docstrings describe them.
-      argv: the words after the program's name; the first is the sub-command.
-      prog: the program as the user writes it.
-      description: what `--help` says first.
+      commands: the dataclass of each sub-command by name; their docstrings describe them.
+      argv: the arguments after the program's name; the first is the sub-command.
+      prog: the program as the user types it.
+      description: the first lines of `--help`.
 
     Raises:
-      InputError: no such sub-command, or what `parse` raises.
+      InputError: no such sub-command, or as `parse`.
       SystemExit: status 0, after printing `--help`.
     """
     name = argv[0] if argv else ""
@@ -90,19 +90,19 @@ def parse_command(
     raise InputError(prog, "", name or None, _one_of(list(commands)) + nearest(name, commands))
 
 
-def run_door(door: Callable[[], int | None]) -> int:
-    """Run a door's body and return its exit status.
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command's body and return its exit status.
 
-    That is 2, with one line on stderr, for bad input; and 141, in silence, as of a program that
-    SIGPIPE ends, where whoever read the output has gone (`... --help | head -1`).
+    Bad input gives 2 and one line on stderr; a closed output pipe (`... --help | head -1`) gives 141,
+    silently, like a program killed by SIGPIPE.
     """
     try:
-        status = _status(door)
+        status = _status(command)
         for stream in _standard_streams():
-            stream.flush()  # at exit Python would complain about what cannot be written
+            stream.flush()  # otherwise Python would complain at exit
     except BrokenPipeError:
         left = [stream for stream in _standard_streams() if _reader_left(stream)]
-        if not left:  # some other pipe broke
+        if not left:  # another pipe broke
             raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in left:
@@ -111,9 +111,9 @@ def run_door(door: Callable[[], int | None]) -> int:
     return status
 
 
-def _status(door: Callable[[], int | None]) -> int:
+def _status(command: Callable[[], int | None]) -> int:
     try:
-        return door() or 0
+        return command() or 0
     except InputError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)
         return 2
@@ -124,15 +124,15 @@ def _status(door: Callable[[], int | None]) -> int:
 
 
 def _standard_streams() -> list[TextIO]:
-    """Return stdout and stderr; a program may be started without either."""
+    """Return stdout and stderr; either may be missing."""
     return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
 
 
 def _reader_left(stream: TextIO) -> bool:
-    """Say whether a stream is a pipe that nobody reads any more."""
+    """Return whether a stream is a pipe whose reader has closed it."""
     try:
         number = stream.fileno()
-    except OSError:  # a stream in memory
+    except OSError:  # an in-memory stream
         return False
     poll = select.poll()
     poll.register(number, select.POLLOUT)
@@ -175,7 +175,7 @@ def _underscored(flag: str) -> str:
 
 
 def _refusal(said: str, prog: str) -> InputError:
-    """Return tyro's boxed message as an error of ours; one it is not known to write stays whole."""
+    """Convert tyro's boxed message to an InputError; quote unknown messages in full."""
     title, lines, metavar = _unboxed(said)
     text = " ".join(line.strip() for line in lines)
     if title == "Value error" and (found := re.match(r"Error parsing (\S+): (.*)", text)):
@@ -226,7 +226,7 @@ def _expected(metavar: str) -> str:
 
 
 def _choices(listed: list[str]) -> list[str]:
-    # tyro keeps the choices of an optional flag in a set, whose order differs from run to run.
+    # tyro keeps the choices of an optional flag in a set, whose order varies between runs.
     return sorted({*listed} - {"None"}) if "None" in listed else listed
 
 

@@ -1,4 +1,4 @@
-"""The one kind of error a user can cause, and how it reads."""
+"""The error for bad user input, and its message."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable
 class InputError(Exception):
     """Bad input: a setting, a file or a flag that cannot be used as given.
 
-    A door prints it as one message and exits with status 2. The message names where the value
-    stands, what came, and what was expected.
+    A command prints it as one message and exits with status 2. The message names the place of the
+    value, the value itself, and what was expected.
 
     Args:
       where: the file, or the flag with its dashes, the value came from.
-      field: the field in that file ("" where `where` already says it).
-      got: the offending value as the user wrote it (None: nothing to quote).
+      field: the field in that file ("" if `where` already says it).
+      got: the wrong value as the user wrote it (None: nothing to quote).
       expected: what would have been accepted, and the fix where there is one.
     """
 
@@ -27,6 +27,6 @@ class InputError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the known name most like `name`, or ""."""
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, or ""."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""JSON as its standard has it, for files that people write: nothing is let pass or dropped silently."""
+"""Strict JSON for files that people write: nothing is accepted or dropped silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmorph.cli.yaml_file import LARGEST_NUMBER, read_text
 
 
 class _Object(dict):
-    """A JSON object that remembers a key it was given twice."""
+    """A JSON object that remembers a repeated key."""
 
     repeated: str | None = None
 
@@ -20,8 +20,8 @@ class _Object(dict):
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file as plain Python values.
 
-    NaN and Infinity, which Python writes, and numbers beyond a float's or an integer's reach come as
-    floats that are not finite, so that whoever knows the field can refuse them by name.
+    NaN and Infinity, which Python writes, and numbers out of range are returned as non-finite floats,
+    so that the caller can refuse them by field name.
 
     Raises:
       InputError: unreadable, not UTF-8, too large, not valid, or a key given twice.
@@ -52,14 +52,14 @@ def _object(pairs: list[tuple[str, Any]]) -> _Object:
 
 
 def _refuse_repeated(where: str, content: Any) -> None:
-    """Name the first object in which a key stands twice, by its way from the top."""
+    """Refuse the first object with a repeated key, naming its path from the top."""
     waiting: list[tuple[list[str], Any]] = [([], content)]
     while waiting:
         place, node = waiting.pop()
         if isinstance(node, _Object):
             if node.repeated is not None:
                 spot = ": ".join([*place, node.repeated])
-                raise InputError(where, spot, None, "each field once (it stands there twice)")
+                raise InputError(where, spot, None, "each field once (it is given twice)")
             waiting += [([*place, key], child) for key, child in node.items()]
         elif isinstance(node, list):
             waiting += [([*place, f"entry {n}"], child) for n, child in enumerate(node, 1)][::-1]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""The progress display of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress(Protocol):
-    """Shows where a run is. `update` may be called often; it decides what is worth showing."""
+    """Show a run's progress. `update` may be called often; it decides what to show."""
 
     def update(self, step: int, facts: str, seconds_left: float | None) -> None:
-        """Show the step just done, one line of facts and the time left (None: not known yet)."""
+        """Show the last step, one line of facts and the time left (None: not known yet)."""
 
     def note(self, text: str) -> None:
-        """Show a line that stays."""
+        """Show a permanent line."""
 
     def __enter__(self) -> Progress:
-        """Begin to show."""
+        """Start the display."""
         ...
 
     def __exit__(self, *error: object) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 def make_progress(kind: str, step: int, total: int) -> Progress:

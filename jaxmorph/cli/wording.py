@@ -1,6 +1,8 @@
-"""Numbers and tables in words."""
+"""Numbers and tables as text."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def short(number: float, units: str = "kMBT") -> str:
@@ -26,5 +28,26 @@ def duration(seconds: float) -> str:
 
 
 def repeatable(factor: float) -> str:
-    """Return a factor so that reading it gives the same one; 2.0 as 2."""
+    """Return a factor as text that parses back exactly; 2.0 as 2."""
     return repr(int(factor)) if factor == int(factor) else repr(factor)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2) -> list[str]:
+    """Return the lines of a table: numeric columns right-aligned, others left-aligned.
+
+    Args:
+      rows: equally long, the header first. A dash stands for a missing value.
+      indent: spaces before each line.
+      gap: spaces between columns.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1] in "0123456789-–" for cell in column[1:]) for column in columns]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append((" " * indent + (" " * gap).join(cells)).rstrip())
+    return lines

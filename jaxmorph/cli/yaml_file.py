@@ -1,8 +1,8 @@
-"""YAML as people mean it: one flat reading, in which nothing surprising passes.
+"""YAML as people mean it, without YAML 1.1's surprises.
 
-YAML 1.1, which PyYAML reads, takes `3e-4` for a string, `yes` for a boolean, `017` for 15 and
-`1:30` for 90, lets the last of two equal keys win and lets aliases grow without bound. Here numbers
-are plain decimal numbers, booleans are `true` and `false`, equal keys and aliases are refused.
+YAML 1.1, which PyYAML reads, parses `3e-4` as a string, `yes` as a boolean, `017` as 15 and `1:30`
+as 90, lets the last of two equal keys win and lets aliases grow without bound. Here numbers are
+plain decimals, booleans are `true` and `false`, and repeated keys and aliases are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from jaxmorph.cli.errors import InputError
 
 _LARGEST_FILE = 4 << 20  # bytes; a settings or schedule file is a few kilobytes
-LARGEST_NUMBER = 400  # characters; int() refuses more than 4,300 with an error of its own
+LARGEST_NUMBER = 400  # characters; int() refuses more than 4,300 with its own error
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {key_node.value!r} stands here and on line {seen[key_node.value]}",
+                    problem=f"key {key_node.value!r} is also on line {seen[key_node.value]}",
                     problem_mark=key_node.start_mark,
                 )
             seen[key_node.value] = key_node.start_mark.line + 1
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
       InputError: unreadable, not UTF-8, too large, not valid, more than one document, aliases, or a
-        key given twice; the message gives the line.
+        repeated key; the message gives the line.
     """
     where, text = str(path), read_text(path)
     try:

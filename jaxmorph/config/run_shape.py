@@ -1,4 +1,4 @@
-"""What a scaling operation can change, as sizes and numbers without an array, and how it changes."""
+"""What a scaling operation can change: sizes and numbers, without arrays, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import math
 from dataclasses import dataclass
 
 from jaxmorph.cli.wording import repeatable
-from jaxmorph.config.settings import ModelConfig, Within
+from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Within
 
-LARGEST_COUNT = 2**31 - 1  # sizes and counts become int32 arrays
-_SMALLEST, _LARGEST = 1e-30, 1e30  # of numbers that become float32 arrays, with room to multiply
+_SMALLEST, _LARGEST = 1e-30, 1e30  # for float32 arrays, with room to multiply
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """A run at one moment of its schedule.
+    """A run at one point of its schedule.
 
     Args:
       model: the architecture; its `seq_len` is the context length.
@@ -27,6 +26,8 @@ class RunShape:
       learning_rate: peak learning rate where the multiplier is one; no operation changes it.
       lr_multiplier: multiplies the learning rate.
       lora_alpha: numerator of the adapters' scale alpha / rank.
+      frozen_layers: layers that are not trained. (Entirely frozen parameters follow from the
+        architecture: the adapted ones if `lora_base` is frozen.)
     """
 
     model: ModelConfig
@@ -38,6 +39,12 @@ class RunShape:
     learning_rate: float
     lr_multiplier: float
     lora_alpha: float
+    frozen_layers: tuple[int, ...] = ()
+
+    @property
+    def program_key(self) -> tuple[ModelConfig, int, tuple[int, ...]]:
+        """Return the key of the run's compiled programs; shapes with the same key share them."""
+        return self.model, self.batch_size, self.frozen_layers
 
     def with_model(self, **sizes: int) -> RunShape:
         """Return the run with another architecture."""
@@ -48,9 +55,9 @@ class OperationError(ValueError):
     """A value or an option that an operation cannot use.
 
     Args:
-      got: what came, as the user wrote it.
+      got: the value as the user wrote it.
       expected: what would have been accepted.
-      field: the field of the entry it stands in.
+      field: the field of the entry that contains it.
     """
 
     def __init__(self, got: object, expected: str, field: str = "value"):
@@ -59,16 +66,16 @@ class OperationError(ValueError):
 
 
 def check_number(got: object, kind: type, within: Within, field: str = "value") -> None:
-    """Check that `got` is a number of that kind and in that range.
+    """Check that `got` is a number of this kind in this range.
 
     Args:
-      got: the value, as JSON or YAML gave it.
-      kind: int, or float, for which a whole number will do.
+      got: the value, as parsed from JSON or YAML.
+      kind: int, or float, which also accepts an integer.
       within: the range.
-      field: where it stands.
+      field: the field that contains it.
 
     Raises:
-      OperationError: it is not; true and false are no numbers.
+      OperationError: it is not; true and false are not numbers.
     """
     wanted = "a whole number" if kind is int else "a number"
     limits = str(within)
@@ -81,50 +88,26 @@ def check_number(got: object, kind: type, within: Within, field: str = "value") 
 
 
 def whole_product(size: int, factor: float) -> int | None:
-    """Return size × factor where that is a whole number, else None.
+    """Return size × factor if it is an integer, else None.
 
-    A factor is the decimal that was written or the float nearest to a ratio of whole numbers, not
-    the binary fraction it became: 10 × 1.1 is 11, and 96 × 0.3333333333333333 is 32.
+    A factor means the decimal that was written or the float nearest to a ratio of integers, not its
+    exact binary value: 10 × 1.1 is 11, and 96 × 0.3333333333333333 is 32.
     """
     nearest = round(size * factor)
     return nearest if size and nearest / size == factor else None
-
-
-def scaled_size(noun: str, size: int, factor: float, least: int, most: int) -> int:
-    """Return size × factor, an axis's new size.
-
-    Args:
-      noun: what the size is of, for the message.
-      size: its size now.
-      factor: what multiplies it.
-      least: the smallest size it may get.
-      most: the largest.
-
-    Raises:
-      OperationError: the product is not whole or out of range; names the nearest factors that work.
-    """
-    product = whole_product(size, factor)
-    if product is not None and least <= product <= most:
-        return product
-    exact = size * factor
-    near = {min(max(n, least), most) for n in (math.floor(exact), math.ceil(exact))}
-    works = ", ".join(f"{repeatable(n / size)} gives {n}" for n in sorted(near) if n != size)
-    span = f"from {least} to {most}" if most < LARGEST_COUNT else f"of at least {least}"
-    wanted = f"a factor that gives a whole {noun} {span} ({size} × {factor:g} = {exact:g})"
-    raise OperationError(factor, f"{wanted}; {works}" if works else wanted)
 
 
 def divided(noun: str, size: int, divisor: float, field: str) -> int:
     """Return size / divisor, the size an axis starts with.
 
     Args:
-      noun: what the size is of, for the message.
-      size: what is divided.
-      divisor: by what; the decimal that was written counts, as in `whole_product`.
+      noun: the name of the size, for the message.
+      size: the dividend.
+      divisor: the divisor; the decimal that was written counts, as in `whole_product`.
       field: the divisor's own name.
 
     Raises:
-      OperationError: the quotient is not whole; names the nearest divisors that work.
+      OperationError: the quotient is not an integer; names the nearest divisors that work.
     """
     exact = size / divisor
     quotient = round(exact) if exact <= LARGEST_COUNT else 0
@@ -160,38 +143,3 @@ def scaled_number(number: float, factor: float) -> float:
             factor, f"a product from {_SMALLEST:g} to {_LARGEST:g} ({number:g} × {factor:g})"
         )
     return number * factor
-
-
-def scaled_rank_size(config: ModelConfig, field: str, factor: float) -> int:
-    """Return a LoRA rank × factor, up to d_model.
-
-    Args:
-      config: the architecture.
-      field: which rank, of ModelConfig.
-      factor: what multiplies it.
-
-    Raises:
-      OperationError: no such adapters, or a product that is not whole or out of range.
-    """
-    rank = getattr(config, field)
-    if not rank:
-        raise OperationError(factor, f"adapters: {field} is 0")
-    return scaled_size(field, rank, factor, least=1, most=max(rank, config.d_model))
-
-
-def check_seq_len(config: ModelConfig, seq_len: int, value: float) -> None:
-    """Check that the model has positions for a context of `seq_len` tokens.
-
-    Args:
-      config: the architecture before.
-      seq_len: the context length after.
-      value: of the operation that asks for it, for the message.
-
-    Raises:
-      OperationError: more than its learned positions.
-    """
-    if config.positions == "learned" and seq_len > config.seq_len:
-        wanted = (
-            f"at most the {config.seq_len} learned positions (positions rotary has no such limit)"
-        )
-        raise OperationError(value, f"a seq_len, here {seq_len}, of {wanted}")

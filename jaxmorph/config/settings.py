@@ -1,18 +1,22 @@
-"""Every setting, its default and its check. Settings come from flags over a YAML file over defaults.
+"""Every setting with its default and properties. Flags override a YAML file, which overrides defaults.
 
-This module and what it imports know nothing of JAX, so that `--help` and refusals answer at once.
+A setting's annotation says everything about it: its type, the range of a number (`Within`), that it is
+a path (`PathTo`), that a resumed run may change it (`Changeable[...]`). `config.fields` reads that.
+This module and its imports do not import JAX, so that `--help` and input errors appear immediately.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 
 @dataclass(frozen=True)
 class Within:
-    """The range of a number: `low` and `high` belong to it, `above` and `below` do not."""
+    """The range of a number: `low` and `high` are inclusive, `above` and `below` exclusive."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -20,7 +24,7 @@ class Within:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Say whether a finite `value` lies in the range."""
+        """Return whether a finite `value` lies in the range."""
         return self.low <= value <= self.high and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -28,14 +32,47 @@ class Within:
         return " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if math.isfinite(bound))
 
 
-_LARGEST = 2**31 - 1  # counts become int32 arrays
-Positive = Annotated[int, Within(low=1, high=_LARGEST)]
-Count = Annotated[int, Within(low=0, high=_LARGEST)]
+@dataclass(frozen=True)
+class PathTo:
+    """What a path must point to; the path is made absolute when it is read.
+
+    Args:
+      expected: what must be there, in words.
+      holds: checks the path.
+      keywords: words accepted instead of a path, and left unchanged.
+    """
+
+    expected: str
+    holds: Callable[[Path], bool]
+    keywords: tuple[str, ...] = ()
+
+
+class MayChange:
+    """Mark a setting that does not affect what a run has already done."""
+
+
+Setting = TypeVar("Setting")
+Changeable = Annotated[Setting, MayChange]  # a run may be resumed with another value
+
+LARGEST_COUNT = 2**31 - 1  # counts become int32 arrays
+Positive = Annotated[int, Within(low=1, high=LARGEST_COUNT)]
+Count = Annotated[int, Within(low=0, high=LARGEST_COUNT)]
 PositiveFloat = Annotated[float, Within(above=0)]
 NonNegativeFloat = Annotated[float, Within(low=0)]
 Fraction = Annotated[float, Within(low=0, below=1)]
 OpenFraction = Annotated[float, Within(above=0, below=1)]
 Ratio = Annotated[float, Within(low=0, high=1)]
+
+STDLIB = "stdlib"
+TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2")
+ExistingFile = Annotated[str, PathTo("an existing file", Path.is_file)]
+AnyPath = Annotated[str, PathTo("a path", lambda path: True)]
+Folder = Annotated[
+    str,
+    PathTo("a folder, or a path not yet in use", lambda path: path.is_dir() or not path.exists()),
+]
+CorpusPath = Annotated[str, PathTo("an existing file or folder", Path.exists, (STDLIB,))]
+TokenizerPath = Annotated[str, PathTo("an existing tokenizer.json", Path.is_file, TOKENIZER_KINDS)]
 
 Scheduler = Literal[
     "cosine", "onecycle", "wsd", "linear", "constant", "step", "exponential", "polynomial",
@@ -46,59 +83,59 @@ Attention = Literal["auto", "blocked", "xla", "cudnn"]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run lives, how long it lasts, when it looks up."""
+    """Where the run is stored, how long it lasts, when it evaluates, saves and logs."""
 
-    run_dir: str | None = None
+    run_dir: Changeable[Folder | None] = None
     """Run folder. Default: runs/NAME, after the config file's name."""
     seed: Count = 0
     """Seed of initialisation, data order and dropout."""
-    max_steps: Positive | None = None
+    max_steps: Changeable[Positive | None] = None
     """Optimizer steps to train. Default: 2000, unless num_epochs is given."""
-    num_epochs: PositiveFloat | None = None
-    """Passes over the training split, in place of max_steps."""
-    eval_interval: Positive = 250
+    num_epochs: Changeable[PositiveFloat | None] = None
+    """Passes over the training split, instead of max_steps."""
+    eval_interval: Changeable[Positive] = 250
     """Steps between evaluations (there is always one at step 0 and one at the end)."""
-    eval_iters: Positive = 20
+    eval_iters: Changeable[Positive] = 20
     """Validation batches per evaluation, always the same ones."""
-    checkpoint_interval: Positive | None = None
+    checkpoint_interval: Changeable[Positive | None] = None
     """Steps between checkpoints. Default: eval_interval."""
-    keep_checkpoints: Positive = 2
-    """Newest checkpoints to keep."""
-    keep_best: bool = True
-    """Keep the checkpoint of the lowest validation loss as well."""
-    log_interval: Positive = 10
+    keep_checkpoints: Changeable[Positive] = 2
+    """How many of the newest checkpoints to keep."""
+    keep_best: Changeable[bool] = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    log_interval: Changeable[Positive] = 10
     """Steps between full lines in metrics.jsonl."""
-    max_nonfinite_steps: Positive = 20
+    max_nonfinite_steps: Changeable[Positive] = 20
     """Stop after this many skipped (non-finite) updates in a row."""
-    resume: bool = True
-    """Go on where the run folder's checkpoint left off; with --no_resume a used folder is refused."""
-    dry_run: bool = False
-    """Print what the settings resolve to, and stop before anything is loaded or written."""
-    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    resume: Changeable[bool] = True
+    """Resume from the run folder's newest checkpoint; with --no_resume a used folder is refused."""
+    dry_run: Changeable[bool] = False
+    """Print what the settings resolve to, and exit before anything is loaded or written."""
+    progress: Changeable[Literal["auto", "bar", "lines", "off"]] = "auto"
     """Progress display: a bar on a terminal, else a line per log_interval at most every few seconds."""
-    tensorboard: bool = False
+    tensorboard: Changeable[bool] = False
     """Write TensorBoard files to RUN_DIR/tensorboard (extra: tensorboard)."""
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Changeable[Literal["off", "offline", "online"]] = "off"
     """Log to Weights & Biases (extra: wandb); offline needs no network."""
-    wandb_project: str = "jaxmorph"
+    wandb_project: Changeable[str] = "jaxmorph"
     """Weights & Biases project."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and in what portions."""
+    """The corpus, its tokenizer and the batch."""
 
-    data: str = "stdlib"
+    data: Changeable[CorpusPath] = STDLIB  # its content is checked by the corpus's digest
     """stdlib (Python's own source, nothing to download), a text file, a folder, a JSONL file with a
     `text` field, or a nanoGPT .bin file."""
-    tokenizer: str = "byte"
+    tokenizer: TokenizerPath = "byte"
     """byte, char, bpe (trained on the corpus; extra: bpe), gpt2 (extra: gpt2) or a tokenizer.json."""
     bpe_vocab_size: Annotated[int, Within(low=257, high=1_000_000)] = 8192
     """Vocabulary of a locally trained BPE."""
     val_fraction: OpenFraction = 0.1
-    """Part of the corpus held out for validation."""
-    cache_dir: str | None = None
-    """Tokenised corpora are kept here. Default: the user's cache folder."""
+    """Fraction of the corpus held out for validation."""
+    cache_dir: Changeable[AnyPath | None] = None
+    """Folder for tokenised corpora. Default: the user's cache folder."""
     seq_len: Positive = 256
     """Context length in tokens."""
     batch_size: Positive = 16
@@ -113,7 +150,7 @@ class ModelSettings:
     """The transformer's shape."""
 
     n_layers: Count = 6
-    """Transformer blocks; 0 for a run that begins without any and grows."""
+    """Transformer blocks; 0 for a run that starts without any and grows."""
     d_model: Positive = 384
     """Width of the residual stream."""
     n_heads: Positive = 6
@@ -137,17 +174,17 @@ class ModelSettings:
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights; residual projections get 1/√(2·n_layers) of it."""
     scan_layers: Literal["auto", "scan", "unrolled"] = "auto"
-    """Run the blocks by lax.scan (constant compile time) or unrolled (faster for few layers on CPU).
+    """Run the blocks in a lax.scan (constant compile time) or unrolled (faster for few layers on CPU).
     auto: scan above 12 layers."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Compute type. Parameters and optimizer state stay float32 (float64 with float64)."""
+    """Compute dtype. Parameters and optimizer state stay float32 (float64 with float64)."""
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more work."""
     attention: Attention = "auto"
     """Attention implementation. auto: cudnn on GPU in bfloat16, blocked on CPU, else xla."""
     loss_chunk: Count | None = None
-    """Tokens whose logits are held at a time (0: all at once). Default: all for small vocabularies,
-    4096 where all the logits would exceed 256 MB."""
+    """Tokens whose logits are computed at a time (0: all at once). Default: all for small vocabularies,
+    4096 if all the logits would exceed 256 MB."""
     attn_lora_rank_divisor: NonNegativeFloat = 0.0
     """LoRA adapters on the attention's matrices, of rank d_model / divisor; 0: no LoRA."""
     vocab_lora_rank_divisor: NonNegativeFloat = 0.0
@@ -155,7 +192,7 @@ class ModelSettings:
     lora_alpha: PositiveFloat = 16.0
     """Numerator of the adapters' scale, alpha / rank."""
     lora_base: Literal["frozen", "trained"] = "frozen"
-    """What happens to the matrices that have an adapter."""
+    """Whether the matrices that have an adapter are trained."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +207,7 @@ class OptimizerSettings:
     """Shape of the learning rate after its linear warmup."""
     warmup_steps: Count | None = None
     """Steps of linear warmup. Default: 5 % of the total."""
-    allow_warmup_past_end: bool = False
+    allow_warmup_past_end: Changeable[bool] = False
     """Accept a warmup that does not end before training does."""
     min_lr_ratio: Ratio = 0.1
     """Learning rate at the end, as a fraction of the peak."""
@@ -179,7 +216,7 @@ class OptimizerSettings:
     onecycle_start_ratio: Ratio = 0.04
     """Where the one-cycle schedule starts, as a fraction of the peak."""
     wsd_decay_fraction: Annotated[float, Within(above=0, high=1)] = 0.2
-    """Part of the run that warmup-stable-decay spends decaying."""
+    """Fraction of the run that warmup-stable-decay spends decaying."""
     lr_stairs: Annotated[int, Within(low=2, high=10_000)] = 3
     """Number of equal stairs of the step schedule."""
     lr_power: PositiveFloat = 2.0
@@ -202,16 +239,19 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class GrowthSettings:
-    """The scaling schedule, and what divides and multiplies the settings above at its start."""
+    """The scaling schedule, and divisors and multipliers of the settings above at its start."""
 
-    scaling_schedule_file: str | None = None
-    """Operations that change model and training under way (*.json, *.yaml); --help_operations
+    scaling_schedule_file: Changeable[ExistingFile | None] = None  # a resume compares its entries
+    """Operations that change model and settings during training (*.json, *.yaml); --help_operations
     lists them."""
-    allow_schedule_change: bool = False
-    """Resume with a schedule whose entries that have not fired yet were edited."""
-    precompile: Literal["on", "off"] = "on"
-    """Compile the next stage's programs in the background while the present one trains."""
-    simulate_loss: str | None = None
+    allow_schedule_change: Changeable[bool] = False
+    """Resume with a schedule in which entries that have not fired yet were edited."""
+    plateau_min_change: Fraction = 1e-3
+    """For trigger_plateau, a validation loss is an improvement if it is lower than at the last
+    improvement by more than this fraction."""
+    precompile: Changeable[Literal["on", "off"]] = "on"
+    """Compile the next stage's programs in the background while the current one trains."""
+    simulate_loss: Changeable[ExistingFile | None] = None
     """With dry_run: a CSV file of a run's evaluations (header step,loss); prints when each operation
     would fire."""
     n_layer_divisor: PositiveFloat = 1.0
@@ -236,9 +276,9 @@ class GrowthSettings:
 
 @dataclass(frozen=True)
 class ScaleSettings:
-    """Where the work is spread."""
+    """How the work is distributed over devices."""
 
-    mesh: str = ""
+    mesh: Changeable[str] = ""
     """Device mesh, for example data=2,fsdp=4 (axes: data, fsdp, tensor). Default: all on data."""
 
 
@@ -258,7 +298,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture at one moment: sizes and policies, all that the model's programs depend on."""
+    """The architecture at one point: all sizes and policies that the model's programs depend on."""
 
     n_layers: int
     d_model: int
@@ -284,4 +324,4 @@ class ModelConfig:
     vocab_lora_rank: int
     """Rank of the adapter on the token embedding; 0: none."""
     lora_base: str
-    """frozen or trained: what happens to the matrices that have an adapter."""
+    """frozen or trained: whether the matrices that have an adapter are trained."""

@@ -1,4 +1,4 @@
-"""What a run starts with: the sizes and counts that its settings come to, as whole numbers."""
+"""The shape a run starts with: the integer sizes and counts that its settings resolve to."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ def start_shape(settings: Settings, vocab_size: int | None, total: int | None) -
 
     Args:
       settings: all of them.
-      vocab_size: of the tokenizer; None where only the corpus tells: then it is 0 in the model.
-      total: steps of the run, of which the warmup may be a part; None where only the corpus tells:
-        a warmup that is not given is then 0.
+      vocab_size: of the tokenizer; None if not known before the corpus is read: then 0 in the model.
+      total: steps of the run, of which the default warmup is a fraction; None if not known before
+        the corpus is read: the default warmup is then 0.
 
     Raises:
-      OperationError: a divisor does not give a whole number, or a multiplier too large a one; its
-        `field` is the flag.
+      OperationError: a divisor does not give an integer, or a multiplier gives one that is too
+        large; its `field` is the flag.
     """
-    growth, rate = settings.growth, settings.optimizer.learning_rate
+    growth, counts = settings.growth, _counts(settings)
+
+    def count(name: str) -> int:
+        return _scaled(scaled_count, *counts[name], settings)
+
     return RunShape(
         model=model_config(settings, vocab_size or 0),
-        **{
-            name: _scaled(scaled_count, count, multiplier, settings)
-            for name, (count, multiplier) in _counts(settings).items()
-        },
+        batch_size=count("batch_size"),
+        grad_accum_steps=count("grad_accum_steps"),
+        eval_iters=count("eval_iters"),
+        eval_interval=count("eval_interval"),
         warmup_steps=warmup_steps(settings, total or 0),
-        learning_rate=rate,
+        learning_rate=settings.optimizer.learning_rate,
         lr_multiplier=growth.lr_multiplier,
         lora_alpha=_scaled(
             scaled_number, settings.model.lora_alpha, "lora_alpha_multiplier", settings
@@ -77,9 +81,9 @@ def model_config(settings: Settings, vocab_size: int) -> ModelConfig:
 
 
 def total_steps(settings: Settings, examples_per_epoch: int | None) -> int | None:
-    """Return the number of optimizer steps; None while epochs cannot be counted yet.
+    """Return the number of optimizer steps; None while the length of an epoch is unknown.
 
-    Epochs become steps by the batch size at the start, whatever it grows to.
+    Epochs are converted with the batch size at the start, whatever it grows to.
     """
     if settings.run.num_epochs is None:
         return settings.run.max_steps or DEFAULT_MAX_STEPS
@@ -98,7 +102,7 @@ def warmup_steps(settings: Settings, total: int) -> int:
 
 
 def start_warnings(settings: Settings, start: RunShape) -> list[str]:
-    """Return what was rounded on the way to the start's counts, a sentence each."""
+    """Return a sentence for each count that was rounded at the start."""
     counts = _counts(settings)
     if settings.optimizer.warmup_steps:
         counts["warmup_steps"] = settings.optimizer.warmup_steps, "warmup_iters_multiplier"
@@ -111,13 +115,13 @@ def start_warnings(settings: Settings, start: RunShape) -> list[str]:
 
 
 def known_vocab_size(settings: Settings) -> int | None:
-    """Return the tokenizer's vocabulary size, None where only the corpus or a file tells."""
+    """Return the tokenizer's vocabulary size; None if it depends on the corpus or a file."""
     sizes = {"byte": 256, "bpe": settings.data.bpe_vocab_size, "gpt2": 50257}
     return sizes.get(settings.data.tokenizer)
 
 
 def _default_d_ff(d_model: int, activation: str) -> int:
-    # SwiGLU has three matrices where GELU has two: 8/3 keeps the parameter count.
+    # SwiGLU has three matrices, GELU two: 8/3 keeps the parameter count.
     return 4 * d_model if activation == "gelu" else -(-8 * d_model // 3 // 8) * 8
 
 
@@ -132,7 +136,7 @@ def _rank(settings: Settings, flag: str) -> int:
 
 
 def _counts(settings: Settings) -> dict[str, tuple[int, str]]:
-    """Return the counts of a run that are set and multiplied: (as set, the flag that multiplies)."""
+    """Return the counts of a run that have a multiplier: (value set, flag of the multiplier)."""
     return {
         "batch_size": (settings.data.batch_size, "batch_size_multiplier"),
         "grad_accum_steps": (settings.data.grad_accum_steps, "grad_accum_multiplier"),
@@ -144,7 +148,7 @@ def _counts(settings: Settings) -> dict[str, tuple[int, str]]:
 def _scaled(
     rule: Callable[[Number, float], Number], value: Number, multiplier: str, settings: Settings
 ) -> Number:
-    """Return a value scaled by a rule of `run_shape`; an error names the flag that multiplies."""
+    """Return a value scaled by a rule of `run_shape`; errors name the multiplier's flag."""
     try:
         return rule(value, getattr(settings.growth, multiplier))
     except OperationError as error:

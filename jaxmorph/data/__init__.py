@@ -1,1 +1,1 @@
-"""Text into batches: corpora, tokenizers, the stream of examples."""
+"""From text to batches: corpora, tokenizers, the stream of examples."""

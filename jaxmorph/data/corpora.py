@@ -1,6 +1,6 @@
-"""What can be read: text in documents, divided into training and validation; nanoGPT's .bin files.
+"""Input formats: text documents, split into training and validation; nanoGPT's .bin files.
 
-Files are only ever read. Text is held in memory whole; .bin files are memory-mapped.
+Files are never written. Text is held in memory; .bin files are memory-mapped.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.config.settings import STDLIB
 
-STDLIB = "stdlib"
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Documents:
-    """UTF-8 documents in a fixed order, each with the name that decides its split."""
+    """UTF-8 documents in a fixed order, each with the name that determines its split."""
 
     names: list[str]
     documents: list[bytes]
@@ -43,15 +43,15 @@ class Split:
 
     train: list[bytes]
     val: list[bytes]
-    separate: bool  # whether an end of document follows each
+    separate: bool  # whether each is followed by an end of document
 
 
 def read_documents(data: str, where: str) -> Documents:
-    """Read stdlib, a text file, a folder of text files or a .jsonl file with a "text" a line.
+    """Read stdlib, a text file, a folder of text files or a .jsonl file with a "text" per line.
 
     Raises:
-      InputError: neither file nor folder, not UTF-8, malformed, or no text in it; `where` names
-        what `data` came from.
+      InputError: not a file or folder, not UTF-8, malformed, or without text; `where` names the
+        source of `data`.
       OSError: something cannot be read.
     """
     path = Path(data)
@@ -64,7 +64,7 @@ def read_documents(data: str, where: str) -> Documents:
     elif path.suffix == ".jsonl":
         text = _read_jsonl(path)
     else:
-        text = Documents([""], [_utf8(path)])  # no name: a text that moves stays the same text
+        text = Documents([""], [_utf8(path)])  # no name, so that moving the file changes nothing
     if not any(text.documents):
         raise InputError(where, data, None, "some text, but there is none")
     return text
@@ -86,7 +86,7 @@ def _read_folder(root: Path) -> Documents:
 
 
 def _walk(root: Path, left_out: set[str]) -> list[Path]:
-    """Return the regular files under `root` in order of path, hidden ones left out."""
+    """Return the regular files under `root` in path order, without hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -99,7 +99,7 @@ def _walk(root: Path, left_out: set[str]) -> list[Path]:
 
 
 def _read_files(root: Path, paths: list[Path]) -> tuple[Documents, list[str]]:
-    """Return the UTF-8 files that are not empty, and the names of those that are not UTF-8."""
+    """Return the non-empty UTF-8 files, and the names of files that are not UTF-8."""
     text, skipped = Documents([], []), []
     for path in paths:
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
@@ -144,10 +144,10 @@ def _read_jsonl(path: Path) -> Documents:
 
 
 def split_documents(text: Documents, val_fraction: float) -> Split:
-    """Hold out whole documents by a hash of their names, or of a single text its end.
+    """Hold out whole documents by a hash of their names, or the end of a single text.
 
-    Documents are taken in order of hash while each brings validation closer to `val_fraction` of
-    the bytes; where none does, the smallest. A single text is cut at a character, as nanoGPT does.
+    Documents are taken in hash order while each brings validation closer to `val_fraction` of the
+    bytes; if none does, the smallest. A single text is cut at a character, as nanoGPT does.
     """
     if len(text.documents) == 1:
         whole = text.documents[0].decode("utf-8")
@@ -171,9 +171,9 @@ def _held_out(text: Documents, val_fraction: float) -> set[int]:
 
 
 def bin_files(path: Path) -> list[Path]:
-    """Return the nanoGPT files `path` stands for: training and validation, one to divide, or none.
+    """Return the nanoGPT files of `path`: training and validation, one to split, or none.
 
-    A folder with train.bin and val.bin stands for both, and so does its train.bin.
+    A folder with train.bin and val.bin means both, and so does its train.bin.
     """
     if path.is_dir():
         pair = [path / "train.bin", path / "val.bin"]
@@ -188,7 +188,7 @@ def map_bin(path: Path) -> np.ndarray:
     """Return a nanoGPT file memory-mapped: [tokens] uint16, little-endian.
 
     Raises:
-      InputError: no whole number of ids, or none.
+      InputError: not an integer number of ids, or none.
       OSError: it cannot be read.
     """
     size = path.stat().st_size

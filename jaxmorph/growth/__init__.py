@@ -1,1 +1,1 @@
-"""What is to happen to a run: operations, schedule files, the plan. No arrays, and no JAX."""
+"""What will happen to a run: operations, schedule files, the plan. No arrays, and no JAX."""

@@ -5,30 +5,39 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from jaxmorph.cli.wording import repeatable
 from jaxmorph.config.run_shape import (
-    LARGEST_COUNT,
     OperationError,
     RunShape,
-    check_seq_len,
     scaled_count,
     scaled_number,
-    scaled_rank_size,
-    scaled_size,
+    whole_product,
 )
+from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig
 
 # Each takes a shape, a checked value and all options, and
-# raises OperationError where the value does not suit the shape.
+# raises OperationError if the value does not suit the shape.
 Options = Mapping[str, Any]
 Change = Callable[[RunShape, Any, Options], RunShape]
 
 
-def multiplied_count(field: str) -> Change:
-    """Return the change that multiplies a count, rounding down."""
-    return lambda shape, value, _: dataclasses.replace(
-        shape, **{field: scaled_count(getattr(shape, field), value)}
-    )
+@dataclass(frozen=True)
+class MultipliedCount:
+    """The change that multiplies a count, rounding down.
+
+    Args:
+      field: the name of the count in RunShape.
+    """
+
+    field: str
+
+    def __call__(self, shape: RunShape, value: float, options: Options) -> RunShape:
+        """Return the run with `value` times the count."""
+        count = scaled_count(getattr(shape, self.field), value)
+        return dataclasses.replace(shape, **{self.field: count})
 
 
 def multiplied_number(field: str) -> Change:
@@ -44,7 +53,7 @@ def replaced(field: str) -> Change:
 
 
 def unchanged(shape: RunShape, value: None, options: Options) -> RunShape:
-    """Return the shape as it is."""
+    """Return the shape unchanged."""
     return shape
 
 
@@ -55,7 +64,7 @@ def set_learning_rate(shape: RunShape, value: float, options: Options) -> RunSha
 
 
 def grown(field: str) -> Change:
-    """Return the change that multiplies an axis of the model, which must become larger."""
+    """Return the change that multiplies the size of a model axis, which must grow."""
 
     def change(shape: RunShape, value: float, options: Options) -> RunShape:
         size = getattr(shape.model, field)
@@ -66,7 +75,9 @@ def grown(field: str) -> Change:
 
 
 def stacked_layers(shape: RunShape, value: float, options: Options) -> RunShape:
-    """Return the run with `value` times as many layers; with `value` layers where it has none."""
+    """Return the run with `value` times as many layers, or with `value` layers if it has none."""
+    if shape.frozen_layers:
+        raise OperationError(value, "a run that trains all its layers")
     if shape.model.n_layers:
         return grown("n_layers")(shape, value, options)
     if value != int(value):
@@ -75,7 +86,7 @@ def stacked_layers(shape: RunShape, value: float, options: Options) -> RunShape:
 
 
 def widened_embed(shape: RunShape, value: float, options: Options) -> RunShape:
-    """Return the run with `value` times the width, a whole multiple."""
+    """Return the run with `value` times the width, an integer multiple."""
     if value != int(value):
         near = " or ".join(repr(n) for n in (math.floor(value), math.ceil(value)))
         raise OperationError(value, f"a whole multiple, as d_model has even shares only: {near}")
@@ -85,8 +96,8 @@ def widened_embed(shape: RunShape, value: float, options: Options) -> RunShape:
 def scaled_rank(field: str) -> Change:
     """Return the change that multiplies a LoRA rank, up to d_model.
 
-    Alpha stays: it serves the attention's and the embedding's adapters alike. The morph gives B the
-    factor by which alpha / rank falls or rises, so that what the adapter adds stays as it is.
+    Alpha stays: attention and embedding adapters share it. The morph scales B to compensate for the
+    change of alpha / rank, so that the adapter's contribution is unchanged.
     """
 
     return lambda shape, value, _: shape.with_model(
@@ -108,3 +119,62 @@ def set_seq_len(shape: RunShape, value: int, options: Options) -> RunShape:
 def _with_seq_len(shape: RunShape, seq_len: int, value: float) -> RunShape:
     check_seq_len(shape.model, seq_len, value)
     return shape.with_model(seq_len=seq_len)
+
+
+def scaled_size(noun: str, size: int, factor: float, least: int, most: int) -> int:
+    """Return size × factor, the new size of an axis.
+
+    Args:
+      noun: the name of the size, for the message.
+      size: the current size.
+      factor: the multiplier.
+      least: the smallest size allowed.
+      most: the largest.
+
+    Raises:
+      OperationError: the product is not an integer in range; names the nearest factors that work.
+    """
+    product = whole_product(size, factor)
+    if product is not None and least <= product <= most:
+        return product
+    exact = size * factor
+    near = {min(max(n, least), most) for n in (math.floor(exact), math.ceil(exact))}
+    works = ", ".join(f"{repeatable(n / size)} gives {n}" for n in sorted(near) if n != size)
+    span = f"from {least} to {most}" if most < LARGEST_COUNT else f"of at least {least}"
+    wanted = f"a factor that gives a whole {noun} {span} ({size} × {factor:g} = {exact:g})"
+    raise OperationError(factor, f"{wanted}; {works}" if works else wanted)
+
+
+def scaled_rank_size(config: ModelConfig, field: str, factor: float) -> int:
+    """Return a LoRA rank × factor, up to d_model.
+
+    Args:
+      config: the architecture.
+      field: the name of the rank in ModelConfig.
+      factor: the multiplier.
+
+    Raises:
+      OperationError: no such adapters, or a product that is not an integer in range.
+    """
+    rank = getattr(config, field)
+    if not rank:
+        raise OperationError(factor, f"adapters: {field} is 0")
+    return scaled_size(field, rank, factor, least=1, most=max(rank, config.d_model))
+
+
+def check_seq_len(config: ModelConfig, seq_len: int, value: float) -> None:
+    """Check that the model has positions for a context of `seq_len` tokens.
+
+    Args:
+      config: the architecture before.
+      seq_len: the context length after.
+      value: the operation's value, for the message.
+
+    Raises:
+      OperationError: more than its learned positions.
+    """
+    if config.positions == "learned" and seq_len > config.seq_len:
+        wanted = (
+            f"at most the {config.seq_len} learned positions (positions rotary has no such limit)"
+        )
+        raise OperationError(value, f"a seq_len, here {seq_len}, of {wanted}")

@@ -1,4 +1,4 @@
-"""What a scaling schedule would do to a run, before it begins: its stages, and when they would come."""
+"""What a scaling schedule would do to a run: its stages, and when each would start."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.cli.wording import repeatable, short, short_flops
+from jaxmorph.cli.wording import aligned, repeatable, short, short_flops
 from jaxmorph.cli.yaml_file import read_text
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import OptimizerSettings
-from jaxmorph.growth.schedule import Entry, Stage, due
+from jaxmorph.growth.plan import Stage
+from jaxmorph.growth.schedule import Entry
+from jaxmorph.growth.triggers import LossTrend, Reason, due
 from jaxmorph.model.architecture import (
     flops_per_token,
     parameter_count,
@@ -24,7 +25,6 @@ from jaxmorph.model.architecture import (
 from jaxmorph.step.memory import memory
 
 Curve = Sequence[tuple[int, float]]
-_FACTORED_FROM = 128  # optax's adafactor factors a leaf whose two largest dimensions reach this
 _STEP = re.compile(r"[0-9]{1,10}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.ASCII)
 
@@ -36,44 +36,42 @@ class Firing:
     Args:
       entry: the entry.
       step: optimizer steps taken.
-      reason: what sets it off.
+      reason: what triggers it.
       val_loss: the newest validation loss; None before the first.
-      waited: steps since the operation before it, or since the start.
+      waited: steps since the previous operation, or since the start.
     """
 
     entry: Entry
     step: int
-    reason: Literal["loss", "timeout"]
+    reason: Reason
     val_loss: float | None
     waited: int
 
 
 def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
-    """Return the stages of a run as aligned text: what leads to each, its model, its training.
+    """Return the stages of a run as aligned text: the operation, the model and training of each.
 
-    Models and training stand where they change.
+    Models and training are listed only where they change.
 
     Args:
-      stages: what `scaling_schedule.walk` returns.
-      optimizer: whose state counts towards the memory.
+      stages: what `plan.walk` returns.
+      optimizer: its state counts towards the memory.
     """
     warnings = [
-        f"  stage {number}: {warning}"
-        for number, stage in enumerate(stages)
-        for warning in stage.warnings
+        f"  stage {stage.number}: {warning}" for stage in stages for warning in stage.warnings
     ]
     parts = [
         "Operations:",
-        _aligned(
+        _table(
             [
                 ("stage", "operation", "fires", "compiles", "keeps the function"),
                 *_operations(stages),
             ]
         ),
         "Models, from the stage named (memory is without activations):",
-        _aligned([_MODEL_COLUMNS, *_where_changed([_model(s.shape, optimizer) for s in stages])]),
+        _table([_MODEL_COLUMNS, *_where_changed([_model(s.shape, optimizer) for s in stages])]),
         "Training, from the stage named:",
-        _aligned([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
+        _table([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
         *(["Warnings:", "\n".join(warnings)] if warnings else []),
     ]
     return "\n".join(parts)
@@ -91,9 +89,9 @@ _TRAINING_COLUMNS = (
 
 def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
     rows = []
-    for number, stage in enumerate(stages):
+    for stage in stages:
         if (entry := stage.entry) is None:
-            rows.append((str(number), "the start", "at step 0", "yes", "-"))
+            rows.append((str(stage.number), "the start", "at step 0", "yes", "-"))
             continue
         value = "" if entry.value is None else f" {repeatable(entry.value)}"
         chosen = "".join(f" {name}={given}" for name, given in entry.options.items())
@@ -101,7 +99,7 @@ def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
         again = ", re-evaluates" if entry.reevaluate else ""
         rows.append(
             (
-                str(number),
+                str(stage.number),
                 f"{entry.name}{value}{chosen}",
                 _trigger(entry) + again,
                 compiles,
@@ -113,18 +111,21 @@ def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
 
 def _trigger(entry: Entry) -> str:
     loss = [] if entry.trigger_loss is None else [f"below {entry.trigger_loss:g}"]
-    wait = [] if entry.max_wait_iters is None else [f"after {entry.max_wait_iters} steps"]
-    return " or ".join(loss + wait)
+    number, wait = entry.trigger_plateau, entry.max_wait_iters
+    evaluations = f"after {number} evaluation{'' if number == 1 else 's'} without improvement"
+    plateau = [] if number is None else [evaluations]
+    waited = [] if wait is None else [f"after {wait} steps"]
+    return " or ".join(loss + plateau + waited)
 
 
 def _where_changed(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the rows that differ from the one before, each after its number."""
+    """Return the rows that differ from the previous one, each after its number."""
     pairs = zip([None, *rows], rows, strict=False)
     return [(str(number), *row) for number, (last, row) in enumerate(pairs) if row != last]
 
 
 def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
-    model, held = shape.model, memory(shape.model, optimizer)
+    model, held = shape.model, memory(shape, optimizer)
     ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
     sizes = (held.total, held.parameters, held.gradients, held.optimizer)
     return (
@@ -135,7 +136,7 @@ def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
         ranks if model.attn_lora_rank or model.vocab_lora_rank else "-",
         str(model.seq_len),
         f"{parameter_count(model):,}",
-        short_flops(flops_per_token(model)),
+        short_flops(flops_per_token(model, shape.frozen_layers)),
         *(f"{short(size, 'kMGT')}B" for size in sizes),
     )
 
@@ -156,26 +157,15 @@ def _training(shape: RunShape) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns, two spaces apart: numbers to the right, words to the left."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    right = [all(cell[:1] in "0123456789-" for cell in column[1:]) for column in columns]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(aligned(rows))
 
 
 def read_curve(path: Path) -> list[tuple[int, float]]:
     """Return the evaluations of a CSV file with the header `step,loss`.
 
     Raises:
-      InputError: another header, a row of another form, or steps that do not increase; names the line.
+      InputError: a wrong header, a malformed row, or steps that do not increase; names the line.
     """
     where, rows = str(path), csv.reader(io.StringIO(read_text(path)), strict=True)
     curve: list[tuple[int, float]] = []
@@ -208,33 +198,37 @@ def _point(where: str, line: int, row: Sequence[str]) -> tuple[int, float]:
 
 
 def simulate(
-    entries: Sequence[Entry], curve: Curve, total_steps: int | None = None
+    entries: Sequence[Entry], curve: Curve, *, min_change: float, total: int | None = None
 ) -> list[Firing]:
-    """Return when each entry would fire if the run's evaluations gave this curve, in order.
+    """Return when each entry would fire if the run's evaluations followed this curve, in order.
 
-    A re-evaluation is taken to give the newest loss again. What never fires is left out.
+    A re-evaluation is assumed to give the newest loss again. Entries that never fire are omitted.
 
     Args:
       entries: the schedule.
       curve: (step, loss) of each evaluation, steps increasing.
-      total_steps: the last step of the run; None: that of the curve.
+      min_change: see `LossTrend.after`.
+      total: the last step of the run; None: that of the curve.
     """
-    end = curve[-1][0] if total_steps is None else total_steps
+    end = curve[-1][0] if total is None else total
     steps, losses = [step for step, _ in curve], dict(curve)
     firings: list[Firing] = []
-    step, last = 0, 0
-    heard = newest = losses.get(0)
+    step, last, trend = 0, 0, LossTrend()
+    if (val_loss := losses.get(0)) is not None:
+        trend = trend.after(val_loss, min_change)
+    newest = val_loss
     for entry in entries:
-        while (reason := due(entry, step, last, heard)) is None:
+        while (reason := due(entry, step, last, val_loss, trend)) is None:
             wait = [] if entry.max_wait_iters is None else [last + entry.max_wait_iters]
             evaluated = bisect.bisect_right(steps, step)
             step = min(steps[evaluated : evaluated + 1] + wait, default=end + 1)
             if step > end:
                 return firings
-            heard = losses.get(step)
-            newest = newest if heard is None else heard
+            if (val_loss := losses.get(step)) is not None:
+                newest, trend = val_loss, trend.after(val_loss, min_change)
         firings.append(Firing(entry, step, reason, newest, step - last))
-        last, heard = step, newest
+        last, val_loss = step, newest
+        trend = LossTrend.since_operation(newest if entry.reevaluate else None)
     return firings
 
 
@@ -255,4 +249,4 @@ def simulation_report(entries: Sequence[Entry], firings: Sequence[Firing], end: 
         loss = "-" if firing.val_loss is None else f"{firing.val_loss:g}"
         row = (str(number), entry.name, str(firing.step), firing.reason, loss, str(firing.waited))
         rows.append(row)
-    return "On the given loss curve the operations fire:\n" + _aligned(rows)
+    return "On the given loss curve the operations fire:\n" + _table(rows)

@@ -1,7 +1,7 @@
-"""The one table of scaling operations: what each is called, takes, does, keeps and costs.
+"""The table of scaling operations: the name, value, effect, exactness and cost of each.
 
-An operation is data: a name and a value. What it does to the sizes of a run is here
-(`Operation.next_shape`), so that a whole schedule can be checked without an array.
+An operation is data: a name and a value. Its effect on the sizes of a run is here
+(`Operation.next_shape`), so that a whole schedule can be checked without arrays.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxmorph.cli.errors import nearest
-from jaxmorph.config.run_shape import LARGEST_COUNT, OperationError, RunShape, check_number
-from jaxmorph.config.settings import Within
+from jaxmorph.cli.wording import aligned
+from jaxmorph.config.run_shape import OperationError, RunShape, check_number
+from jaxmorph.config.settings import LARGEST_COUNT, Within
 from jaxmorph.growth import changes
-from jaxmorph.growth.changes import Change, Options
+from jaxmorph.growth.changes import Change, MultipliedCount, Options
 
 _ANY = Within()
-_MOST = 1e6  # as large as a factor may be
+_MOST = 1e6  # the largest factor allowed
 
 
 def _always_kept(shape: RunShape, value: Any, options: Options) -> bool:
@@ -30,7 +31,7 @@ def _never_kept(shape: RunShape, value: Any, options: Options) -> bool:
 
 @dataclass(frozen=True)
 class Value:
-    """What may stand as an operation's value: a `kind` of number within a range; None: null."""
+    """The values an operation accepts: a `kind` of number within a range; None: null."""
 
     words: str
     kind: type | None
@@ -42,14 +43,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Option:
-    """A choice an operation leaves open, given under `options` of an entry.
+    """An option of an operation, given under `options` of an entry.
 
     Args:
-      default: what it is unless given.
-      effect: what it says, in a few words.
-      choices: the words it may be; empty for a number.
+      default: its default.
+      effect: what it does, in a few words.
+      choices: the words it accepts; empty for a number.
       within: the range of a number.
-      only: another option and the value of it that this one belongs to; None: it always counts.
+      only: the option, and its value, that this one requires; None: it always applies.
     """
 
     default: Any
@@ -71,17 +72,16 @@ class Operation:
     """One operation.
 
     Args:
-      name: as a schedule writes it.
+      name: its name in a schedule.
       kind: a hyperparameter changes numbers, a morph changes arrays.
-      value: what it takes.
+      value: the values it accepts.
       effect: what it does, in a sentence.
-      change: the shape it leads to, from a checked value and all options.
-      keeps: in words, whether the function stays as it is, up to rounding.
+      change: returns the shape after it, given a checked value and all options.
+      keeps: in words, whether it preserves the function, up to rounding.
       exact: the same, for a shape, a value and all options.
       recompiles: whether it may need new step and evaluation programs.
       options: by name.
-      lora: the adapters it needs.
-      count: the field of the shape that a factor is rounded down in; "" for none.
+      ranks: names of adapter ranks in ModelConfig; at least one of them must not be 0.
     """
 
     name: str
@@ -93,11 +93,15 @@ class Operation:
     exact: Callable[[RunShape, Any, Options], bool] = _always_kept
     recompiles: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
-    lora: Literal["", "any", "attn", "vocab"] = ""
-    count: str = ""
+    ranks: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> str:
+        """Return the field of the shape that is multiplied and rounded down; "" for none."""
+        return self.change.field if isinstance(self.change, MultipliedCount) else ""
 
     def check(self, value: Any, options: Options) -> None:
-        """Check a value and options by themselves, whatever the run's shape.
+        """Check a value and options, independently of the run's shape.
 
         Raises:
           OperationError: wrong type, out of range, or an option the operation does not have.
@@ -122,15 +126,12 @@ class Operation:
         """Return the shape of the run after the operation.
 
         Raises:
-          OperationError: the operation cannot be done to this shape with this value.
+          OperationError: the operation cannot be applied to this shape with this value.
         """
         self.check(value, options)
-        ranks = {"attn": shape.model.attn_lora_rank, "vocab": shape.model.vocab_lora_rank}
-        if self.lora and not any(ranks[k] for k in ranks if self.lora in (k, "any")):
-            flags = [f"{k}_lora_rank_divisor" for k in ranks if self.lora in (k, "any")]
-            raise OperationError(
-                self.name, f"a model with LoRA adapters ({' or '.join(flags)} > 0)", "name"
-            )
+        if self.ranks and not any(getattr(shape.model, rank) for rank in self.ranks):
+            flags = " or ".join(f"{rank}_divisor" for rank in self.ranks)
+            raise OperationError(self.name, f"a model with LoRA adapters ({flags} > 0)", "name")
         return self.change(shape, value, self.with_defaults(options))
 
     def _check_option(self, name: str, given: Any) -> None:
@@ -159,12 +160,12 @@ _MOMENTS = Option(
 )
 _FRESH_NU = Option(
     1.0,
-    "second moment of fresh weights, in means of their leaf's",
+    "second moment of fresh weights, as a multiple of their leaf's mean",
     within=Within(low=0, high=_MOST),
 )
 _NO_NU = Option(
     0.0,
-    "second moment of new adapters, in means of the old ones'",
+    "second moment of new adapters, as a multiple of the old ones' mean",
     within=Within(low=0, high=_MOST),
 )
 _STACK_OPTIONS = {
@@ -217,7 +218,7 @@ def _count(
     return [
         Operation(
             f"change_{name}", "hyperparameter", _FACTOR, f"Multiply {words}.",
-            changes.multiplied_count(size), recompiles=recompiles, count=size,
+            MultipliedCount(size), recompiles=recompiles,
         ),
         Operation(
             f"set_{name}", "hyperparameter", value, f"Set {words}.", changes.replaced(size),
@@ -226,8 +227,20 @@ def _count(
     ]  # fmt: skip
 
 
+def _rank(name: str, rank: str, words: str) -> Operation:
+    """Return the operation that multiplies a LoRA rank."""
+    return Operation(
+        name, "morph", _FACTOR,
+        f"Divide the divisor of the {words} LoRA rank: the rank is multiplied.",
+        changes.scaled_rank(rank),
+        keeps="yes where the rank grows, no where it shrinks (by SVD)",
+        exact=lambda shape, value, options: value >= 1,
+        recompiles=True, options={"fresh_nu": _FRESH_NU}, ranks=(rank,),
+    )  # fmt: skip
+
+
+_ALL_RANKS = ("attn_lora_rank", "vocab_lora_rank")
 _AT_POSITIONS = "yes, at the positions both have"
-_BY_RANK = "yes where the rank grows, no where it shrinks (by SVD)"
 _HYPERPARAMETERS = [
     Operation(
         "change_lr", "hyperparameter", _FACTOR, "Multiply the learning rate.",
@@ -252,12 +265,12 @@ _HYPERPARAMETERS = [
         "change_lora_alpha", "hyperparameter", _FACTOR,
         "Multiply LoRA's alpha, and with it what the adapters add.",
         changes.multiplied_number("lora_alpha"),
-        keeps="no, on purpose", exact=_never_kept, lora="any",
+        keeps="no, on purpose", exact=_never_kept, ranks=_ALL_RANKS,
     ),
     Operation(
         "set_lora_alpha", "hyperparameter", _NUMBER, "Set LoRA's alpha.",
         changes.replaced("lora_alpha"),
-        keeps="no, on purpose", exact=_never_kept, lora="any",
+        keeps="no, on purpose", exact=_never_kept, ranks=_ALL_RANKS,
     ),
 ]  # fmt: skip
 _MORPHS = [
@@ -272,13 +285,13 @@ _MORPHS = [
     Operation(
         "widen_mlp", "morph", _GROWTH, "Multiply d_ff, the hidden width of every MLP.",
         changes.grown("d_ff"),
-        keeps="yes, but for recipe noise", exact=_kept_without_noise,
+        keeps="yes, except with recipe noise", exact=_kept_without_noise,
         recompiles=True, options=_WIDEN_OPTIONS,
     ),
     Operation(
         "widen_heads", "morph", _GROWTH,
-        "Multiply n_heads in every layer; head_dim stays as it is.", changes.grown("n_heads"),
-        keeps="yes, but for recipe noise", exact=_kept_without_noise,
+        "Multiply n_heads in every layer; head_dim is unchanged.", changes.grown("n_heads"),
+        keeps="yes, except with recipe noise", exact=_kept_without_noise,
         recompiles=True, options=_WIDEN_OPTIONS,
     ),
     Operation(
@@ -294,26 +307,12 @@ _MORPHS = [
         "set_seq_len", "morph", _COUNT, "Set the context length.",
         changes.set_seq_len, keeps=_AT_POSITIONS, recompiles=True,
     ),
-    Operation(
-        "decrease_attn_lora_scaling", "morph", _FACTOR,
-        "Divide the divisor of the attention's LoRA rank: the rank is multiplied.",
-        changes.scaled_rank("attn_lora_rank"),
-        keeps=_BY_RANK,
-        exact=lambda shape, value, options: value >= 1,
-        recompiles=True, options={"fresh_nu": _FRESH_NU}, lora="attn",
-    ),
-    Operation(
-        "decrease_vocab_lora_scaling", "morph", _FACTOR,
-        "Divide the divisor of the embedding's LoRA rank: the rank is multiplied.",
-        changes.scaled_rank("vocab_lora_rank"),
-        keeps=_BY_RANK,
-        exact=lambda shape, value, options: value >= 1,
-        recompiles=True, options={"fresh_nu": _FRESH_NU}, lora="vocab",
-    ),
+    _rank("decrease_attn_lora_scaling", "attn_lora_rank", "attention's"),
+    _rank("decrease_vocab_lora_scaling", "vocab_lora_rank", "embedding's"),
     Operation(
         "merge_lora_weights", "morph", _NULL,
-        "Add the adapters to the weights they adapt, and begin new ones.",
-        changes.unchanged, lora="any", options={"fresh_nu": _NO_NU},
+        "Add the adapters to the weights they adapt, and re-initialise them.",
+        changes.unchanged, ranks=_ALL_RANKS, options={"fresh_nu": _NO_NU},
     ),
 ]  # fmt: skip
 OPERATIONS: Mapping[str, Operation] = {
@@ -321,19 +320,16 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 
 
-def describe_operations() -> str:
-    """Return the table as text, for `--help-operations`."""
+def describe_operations(operations: Mapping[str, Operation] = OPERATIONS) -> str:
+    """Return a table of operations as text, for `--help_operations`."""
     rows = [("operation", "kind", "value", "recompiles", "keeps the function")]
     rows += [
         (o.name, o.kind, str(o.value), "yes" if o.recompiles else "no", o.keeps)
-        for o in OPERATIONS.values()
+        for o in operations.values()
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = []
-    for row, operation in zip(rows, (None, *OPERATIONS.values()), strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)]
-        lines.append("  ".join(cells).rstrip())
-        if operation is not None:
-            lines.append(f"    {operation.effect}")
-            lines += [f"    - {name}: {option}" for name, option in operation.options.items()]
-    return "\n".join(lines)
+    head, *lines = aligned(rows, indent=0)
+    found = [head]
+    for line, operation in zip(lines, operations.values(), strict=True):
+        found += [line, f"    {operation.effect}"]
+        found += [f"    - {name}: {option}" for name, option in operation.options.items()]
+    return "\n".join(found)

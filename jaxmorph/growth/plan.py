@@ -1,54 +1,205 @@
-"""A run's plan: the schedule's entries, and every stage they lead it through, known beforehand."""
+"""A run's plan: the schedule's entries and all its stages, known in advance.
+
+A *stage* is the run between two operations; stage k is the run after k operations.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxmorph.config.run_shape import RunShape
+from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.wording import repeatable
+from jaxmorph.config.mesh import MeshShape
+from jaxmorph.config.run_shape import OperationError, RunShape, whole_product
 from jaxmorph.config.settings import Settings
-from jaxmorph.config.start import start_shape, start_warnings
-from jaxmorph.growth.schedule import Entry, Stage, load_schedule, walk
+from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
+from jaxmorph.growth.operations import OPERATIONS, Operation
+from jaxmorph.growth.schedule import Entry, load_schedule, refusal
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run between two operations, or before the first, or after the last.
+
+    Args:
+      number: the number of operations before it.
+      entry: the last of them; None at the start.
+      shape: sizes and numbers of the run.
+      recompiles: whether it needs other programs than the previous stage.
+      exact: whether the operation preserves the function.
+      warnings: oddities of the operation that were accepted.
+    """
+
+    number: int
+    entry: Entry | None
+    shape: RunShape
+    recompiles: bool = False
+    exact: bool = True
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do.
-
-    Args:
-      entries: the operations, in the order they fire.
-      stages: stage k is the run after k of them.
-    """
-
-    entries: tuple[Entry, ...]
-    stages: tuple[Stage, ...]
-
-    @property
-    def start(self) -> RunShape:
-        """Return what the run starts with."""
-        return self.stages[0].shape
-
-
-def make_plan(
-    settings: Settings, mesh: Mapping[str, int], *, vocab_size: int | None, total: int | None
-) -> Plan:
-    """Return the plan that the settings make, without a schedule one of a single stage.
+    """What a run will do, as far as it is known.
 
     Args:
       settings: the checked settings.
-      mesh: size of each mesh axis.
-      vocab_size: of the tokenizer; None where it is not known yet.
-      total: steps of the run; None where they are not known yet.
+      mesh: where it runs; None: on all devices, which are not known yet.
+      entries: the operations, in the order they fire.
+      stages: stage k is the run after k of them; a model's vocabulary is 0 until known from the
+        corpus.
+      total_steps: steps of the run; None until known from the corpus.
+    """
+
+    settings: Settings
+    mesh: MeshShape | None
+    entries: tuple[Entry, ...]
+    stages: tuple[Stage, ...]
+    total_steps: int | None
+
+    @property
+    def start(self) -> RunShape:
+        """Return the shape the run starts with."""
+        return self.stages[0].shape
+
+    def completed(self, *, vocab_size: int, total: int, mesh: MeshShape | None = None) -> Plan:
+        """Return the plan completed with facts about the corpus and the devices, and checked again.
+
+        Args:
+          vocab_size: of the tokenizer.
+          total: steps of the run.
+          mesh: where it runs; None: as planned.
+
+        Raises:
+          InputError: a batch that the mesh does not divide, or an operation that cannot be applied.
+        """
+        mesh = mesh or self.mesh or MeshShape()
+        if (size := self.start.batch_size) % mesh.batch_parts:  # the devices were not known before
+            wanted = f"a multiple of {mesh.batch_parts_in_words}"
+            raise InputError("--batch_size", "", size, wanted)
+        return _planned(self.settings, self.entries, mesh, vocab_size, total)
+
+
+def make_plan(
+    settings: Settings,
+    mesh: MeshShape | None,
+    operations: Mapping[str, Operation] = OPERATIONS,
+) -> Plan:
+    """Return the plan for the settings; without a schedule it has a single stage.
+
+    Anything that depends on the corpus or the devices is left open: see `Plan.completed`.
+
+    Args:
+      settings: the checked settings.
+      mesh: the mesh they name; None: all devices on data.
+      operations: what the schedule may contain, by name.
 
     Raises:
-      InputError: a schedule that cannot be read, or an operation that cannot be done.
+      InputError: a schedule that cannot be read, or an operation that cannot be applied.
     """
-    start = start_shape(settings, vocab_size, total)
     file = settings.growth.scaling_schedule_file
-    entries = () if file is None else load_schedule(Path(file))
+    entries = () if file is None else load_schedule(Path(file), operations)
+    return _planned(
+        settings, entries, mesh, known_vocab_size(settings), total_steps(settings, None)
+    )
+
+
+def _planned(
+    settings: Settings,
+    entries: tuple[Entry, ...],
+    mesh: MeshShape | None,
+    vocab_size: int | None,
+    total: int | None,
+) -> Plan:
+    start = start_shape(settings, vocab_size, total)
+    where = str(settings.growth.scaling_schedule_file)
     limit = None if settings.optimizer.allow_warmup_past_end else total
-    first, *later = walk(entries, start, mesh, str(file), limit)
+    first, *later = walk(entries, start, mesh or MeshShape(), where, limit)
     first = dataclasses.replace(first, warnings=tuple(start_warnings(settings, start)))
-    return Plan(entries, (first, *later))
+    return Plan(settings, mesh, entries, (first, *later), total)
+
+
+def walk(
+    entries: Sequence[Entry],
+    start: RunShape,
+    mesh: MeshShape,
+    where: str,
+    total: int | None = None,
+) -> list[Stage]:
+    """Return the stages of a run: the start, then one after each entry.
+
+    Args:
+      entries: the schedule.
+      start: the shape the run starts with.
+      mesh: the mesh that batches are sharded over.
+      where: the file, for messages.
+      total: steps of the run, to check that warmups are shorter; None: not checked.
+
+    Raises:
+      InputError: an operation that cannot be applied to the shape before it.
+    """
+    stages = [Stage(0, None, start)]
+    for entry in entries:
+        try:
+            stage = _next_stage(stages[-1], entry)
+            _check_batch(stages[-1].shape, stage.shape, entry, mesh)
+            _check_warmup(stages[-1].shape, stage.shape, entry, total)
+        except OperationError as error:
+            raise refusal(where, entry.number, entry.name, error) from None
+        stages.append(stage)
+    return stages
+
+
+def _next_stage(before: Stage, entry: Entry) -> Stage:
+    operation, shape = entry.operation, before.shape
+    after = operation.next_shape(shape, entry.value, entry.options)
+    options = operation.with_defaults(entry.options)
+    return Stage(
+        before.number + 1,
+        entry,
+        after,
+        recompiles=after.program_key != shape.program_key,
+        exact=operation.exact(shape, entry.value, options),
+        warnings=entry.warnings + _warnings(operation, shape, after, entry.value),
+    )
+
+
+def _warnings(
+    operation: Operation, before: RunShape, after: RunShape, value: float | None
+) -> tuple[str, ...]:
+    if value is not None and before == after:
+        return (f"{operation.name} {repeatable(value)} changes nothing",)
+    if operation.count and value is not None:
+        old, new = getattr(before, operation.count), getattr(after, operation.count)
+        if whole_product(old, value) != new:
+            product = f"{old} × {repeatable(value)} = {old * value:g}"
+            return (f"{operation.count}: {product}, rounded to {new}",)
+    return ()
+
+
+def _check_batch(before: RunShape, after: RunShape, entry: Entry, mesh: MeshShape) -> None:
+    size, parts = after.batch_size, mesh.batch_parts
+    if size % parts == 0 or size == before.batch_size:
+        return
+    near = [n for n in (size // parts * parts, -(-size // parts) * parts) if n > 0]
+    wanted = f"a batch that divides over {mesh.batch_parts_in_words}"
+    if entry.operation.count:
+        old = before.batch_size
+        works = [f"{repeatable(n / old)} gives {n}" for n in near]
+        wanted += f", not {old} × {repeatable(entry.value or 0)} = {size}"
+    else:
+        works = [str(n) for n in near]
+    raise OperationError(entry.value, f"{wanted}: {', '.join(works)}")
+
+
+def _check_warmup(before: RunShape, after: RunShape, entry: Entry, total: int | None) -> None:
+    warmup = after.warmup_steps
+    if total is not None and warmup >= total and warmup != before.warmup_steps:
+        raise OperationError(
+            entry.value,
+            f"a warmup shorter than the {total} steps of the run, not of {warmup} "
+            "(--allow_warmup_past_end permits it)",
+        )

@@ -1,122 +1,80 @@
-"""The scaling schedule: a file of operations and what sets each off, checked in full before a run.
+"""The scaling schedule: a file of operations and their triggers.
 
-A schedule is a list of entries, in JSON or YAML, taken from its head: an entry fires when the
-validation loss falls below its threshold or when it has waited long enough (`due`). `load_schedule`
-checks the file by itself; `walk` follows it over the sizes of a run, so that every stage is known,
-and known to be possible, before the first step.
+A schedule is a list of entries, in JSON or YAML, processed in order: an entry fires when one of its
+triggers does (`triggers.due`). `load_schedule` checks the file by itself; `plan.walk` applies it to
+the sizes of a run, so that every stage is known, and known to be possible, before the first step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.cli.json_file import read_json
-from jaxmorph.cli.wording import repeatable
 from jaxmorph.cli.yaml_file import read_yaml
-from jaxmorph.config.run_shape import (
-    LARGEST_COUNT,
-    OperationError,
-    RunShape,
-    check_number,
-    whole_product,
-)
-from jaxmorph.config.settings import Within
+from jaxmorph.config.run_shape import OperationError, check_number
+from jaxmorph.config.settings import LARGEST_COUNT, Within
 from jaxmorph.growth.operations import OPERATIONS, Operation
 
 _REQUIRED = ("name", "value", "reevaluate")
-_FIELDS = (*_REQUIRED, "trigger_loss", "max_wait_iters", "desc", "options", "completed")
+_TRIGGERS = ("trigger_loss", "trigger_plateau", "max_wait_iters")
+_FIELDS = (*_REQUIRED, *_TRIGGERS, "desc", "options", "completed")
 _LONGEST_QUOTE = 80  # characters of what the user wrote
 _LOSS = Within(above=0, high=1e9)
-_WAIT = Within(low=1, high=LARGEST_COUNT)
+_COUNT = Within(low=1, high=LARGEST_COUNT)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One operation of a schedule and what sets it off.
+    """One operation of a schedule and its triggers, any of which fires it.
 
     Args:
-      name: of the operation.
+      operation: its row in the table.
       value: a number, or None for an operation that takes none.
-      trigger_loss: fires below this validation loss; None: never for its loss.
-      max_wait_iters: fires this many steps after the last operation; None: never for its wait.
+      trigger_loss: fires below this validation loss; None: no such trigger.
+      max_wait_iters: fires this many steps after the last operation; None: no such trigger.
       reevaluate: whether the validation loss is measured again right after it.
-      desc: what the file says of it.
-      options: as the file gives them; `Operation.with_defaults` adds the others.
-      number: its place in the file, from 1.
-      warnings: what is odd about it and was let pass.
+      trigger_plateau: fires after this many evaluations in a row without an improvement since the
+        last operation; None: no such trigger.
+      desc: its description in the file.
+      options: as given in the file; `Operation.with_defaults` adds the others.
+      number: its position in the file, from 1.
+      warnings: oddities of the entry that were accepted.
     """
 
-    name: str
+    operation: Operation
     value: float | int | None
     trigger_loss: float | None
     max_wait_iters: int | None
     reevaluate: bool
+    trigger_plateau: int | None = None
     desc: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
-    def operation(self) -> Operation:
-        """Return what the table says of it."""
-        return OPERATIONS[self.name]
+    def name(self) -> str:
+        """Return the operation's name."""
+        return self.operation.name
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A run between two operations.
-
-    Args:
-      entry: the operation that leads here; None at the start.
-      shape: sizes and numbers of the run.
-      architecture: how many architectures it has left behind.
-      recompiles: whether it needs other programs than the stage before.
-      exact: whether the operation keeps the function.
-      warnings: what is odd about the operation and was let pass.
-    """
-
-    entry: Entry | None
-    shape: RunShape
-    architecture: int = 0
-    recompiles: bool = False
-    exact: bool = True
-    warnings: tuple[str, ...] = ()
-
-
-def due(
-    entry: Entry, step: int, last_operation_step: int, val_loss: float | None
-) -> Literal["loss", "timeout"] | None:
-    """Return why the entry at the head of the schedule fires now, or None if it does not.
-
-    Args:
-      entry: the entry.
-      step: optimizer steps taken.
-      last_operation_step: the step at which the last operation fired; 0 before the first.
-      val_loss: the newest validation loss at an evaluation and right after an operation; None at
-        other times. One that is not finite satisfies no threshold.
-    """
-    trigger, wait = entry.trigger_loss, entry.max_wait_iters
-    loss = math.inf if val_loss is None or not math.isfinite(val_loss) else val_loss
-    if trigger is not None and loss < trigger:
-        return "loss"
-    return "timeout" if wait is not None and step - last_operation_step >= wait else None
-
-
-def load_schedule(path: Path) -> tuple[Entry, ...]:
-    """Return the entries of a schedule file, checked by themselves.
+def load_schedule(
+    path: Path, operations: Mapping[str, Operation] = OPERATIONS
+) -> tuple[Entry, ...]:
+    """Return the entries of a schedule file, each checked by itself.
 
     Args:
       path: a file named *.json, or *.yaml or *.yml.
+      operations: the known operations, by name.
 
     Raises:
-      InputError: naming the file and, where it is one entry's fault, its number, operation and field.
+      InputError: names the file and, if one entry is wrong, its number, operation and field.
     """
     readers = {".json": read_json, ".yaml": read_yaml, ".yml": read_yaml}
     if path.suffix not in readers:
@@ -124,42 +82,12 @@ def load_schedule(path: Path) -> tuple[Entry, ...]:
     content = readers[path.suffix](path)
     if not isinstance(content, list):
         raise InputError(str(path), "", type(content).__name__, "a list of entries")
-    return tuple(_entry(str(path), number, item) for number, item in enumerate(content, 1))
-
-
-def walk(
-    entries: Sequence[Entry],
-    start: RunShape,
-    mesh: Mapping[str, int],
-    where: str,
-    total_steps: int | None = None,
-) -> list[Stage]:
-    """Return the stages of a run, the start first and then one after each entry.
-
-    Args:
-      entries: the schedule.
-      start: the shape the run starts with.
-      mesh: size of each mesh axis; a batch is spread over data × fsdp.
-      where: the file, for messages.
-      total_steps: steps of the run, which a warmup must be shorter than; None: not checked.
-
-    Raises:
-      InputError: an operation that cannot be done to the shape it meets.
-    """
-    stages = [Stage(None, start)]
-    for entry in entries:
-        try:
-            stage = _next_stage(stages[-1], entry)
-            _check_batch(stages[-1].shape, stage.shape, entry, mesh["data"] * mesh["fsdp"])
-            _check_warmup(stages[-1].shape, stage.shape, entry, total_steps)
-        except OperationError as error:
-            raise _refusal(where, entry.number, entry.name, error) from None
-        stages.append(stage)
-    return stages
+    rows = enumerate(content, 1)
+    return tuple(_entry(str(path), number, item, operations) for number, item in rows)
 
 
 def entry_sha256(entry: Entry) -> str:
-    """Return a digest of what an entry does; its place, its `desc` and notation do not count."""
+    """Return a digest of what an entry does, ignoring its position, `desc` and notation."""
     return hashlib.sha256(_canonical(entry).encode()).hexdigest()
 
 
@@ -179,6 +107,7 @@ def _meaning(entry: Entry) -> dict[str, Any]:
         "trigger_loss": entry.trigger_loss,
         "max_wait_iters": entry.max_wait_iters,
         "reevaluate": entry.reevaluate,
+        **({"trigger_plateau": entry.trigger_plateau} if entry.trigger_plateau else {}),
     }
 
 
@@ -187,45 +116,55 @@ def _canonical(entry: Entry) -> str:
     return json.dumps(meaning, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _refusal(where: str, number: int, name: str, error: OperationError) -> InputError:
+def refusal(where: str, number: int, name: str, error: OperationError) -> InputError:
+    """Return the error that says what is wrong with an entry.
+
+    Args:
+      where: the file.
+      number: of the entry.
+      name: of its operation; "" if the entry does not say.
+      error: what is wrong.
+    """
     place = f"entry {number} ({name})" if name else f"entry {number}"
     got = error.got if len(repr(error.got)) <= _LONGEST_QUOTE else type(error.got).__name__
     field = f"{place}: {error.field}" if error.field else place
     return InputError(where, field, got, error.expected)
 
 
-def _entry(where: str, number: int, item: Any) -> Entry:
-    """Return an entry of the file, checked as far as it can be by itself."""
+def _entry(where: str, number: int, item: Any, operations: Mapping[str, Operation]) -> Entry:
+    """Return an entry of the file, checked as far as possible by itself."""
     name = item.get("name") if isinstance(item, dict) else None
     try:
-        return _checked_entry(number, item)
+        return _checked_entry(number, item, operations)
     except OperationError as error:
-        raise _refusal(where, number, name if isinstance(name, str) else "", error) from None
+        raise refusal(where, number, name if isinstance(name, str) else "", error) from None
 
 
-def _checked_entry(number: int, item: Any) -> Entry:
+def _checked_entry(number: int, item: Any, operations: Mapping[str, Operation]) -> Entry:
     if not isinstance(item, dict):
         raise OperationError(item, f"a mapping with {', '.join(_REQUIRED)} and a trigger", "")
-    _check_fields(item)
-    name, value, options = item["name"], item["value"], item.get("options", {})
-    operation = OPERATIONS[name]
+    _check_fields(item, operations)
+    value, options = item["value"], item.get("options", {})
+    operation = operations[item["name"]]
     if not isinstance(options, dict):
         raise OperationError(_shown(options), "a mapping of options to values", "options")
     operation.check(value, options)
-    trigger, wait = _triggers(item)
+    _check_triggers(item)
+    threshold = item.get("trigger_loss")
     desc, completed = item.get("desc", ""), item.get("completed")
     if not isinstance(desc, str):
         raise OperationError(_shown(desc), "text", "desc")
     for flag in ("reevaluate", "completed"):
         if flag in item and not isinstance(item[flag], bool):
             raise OperationError(_shown(item[flag]), "true or false", flag)
-    ignored = "completed is ignored: the run's checkpoint knows what has fired"
+    ignored = "completed is ignored: the run's checkpoint records what has fired"
     return Entry(
-        name=name,
+        operation=operation,
         value=float(value) if operation.value.kind is float else value,
-        trigger_loss=trigger,
-        max_wait_iters=wait,
+        trigger_loss=None if threshold is None else float(threshold),
+        max_wait_iters=item.get("max_wait_iters"),
         reevaluate=item["reevaluate"],
+        trigger_plateau=item.get("trigger_plateau"),
         desc=desc,
         options=_as_declared(operation, options),
         number=number,
@@ -233,7 +172,7 @@ def _checked_entry(number: int, item: Any) -> Entry:
     )
 
 
-def _check_fields(item: Mapping[Any, Any]) -> None:
+def _check_fields(item: Mapping[Any, Any], operations: Mapping[str, Operation]) -> None:
     for required in _REQUIRED:
         if required not in item:
             hint = " (null where the operation takes none)" if required == "value" else ""
@@ -241,29 +180,27 @@ def _check_fields(item: Mapping[Any, Any]) -> None:
     name = item["name"]
     if not isinstance(name, str):
         raise OperationError(_shown(name), "the name of an operation", "name")
-    if name not in OPERATIONS:
-        near = nearest(name, OPERATIONS)
-        raise OperationError(name, f"an operation that --help-operations lists{near}", "name")
+    if name not in operations:
+        near = nearest(name, operations)
+        raise OperationError(name, f"an operation that --help_operations lists{near}", "name")
     for key in item:
         if key not in _FIELDS:
-            known = OPERATIONS[name].options
+            known = operations[name].options
             hint = " (it belongs under options)" if key in known else nearest(str(key), _FIELDS)
             raise OperationError(key, f"one of {', '.join(_FIELDS)}{hint}", "field")
 
 
-def _triggers(item: Mapping[str, Any]) -> tuple[float | None, int | None]:
-    trigger, wait = item.get("trigger_loss"), item.get("max_wait_iters")
-    if trigger is None and wait is None:
-        raise OperationError("null", "a number, or a max_wait_iters, or both", "trigger_loss")
-    if trigger is not None:
-        check_number(trigger, float, _LOSS, "trigger_loss")
-    if wait is not None:
-        check_number(wait, int, _WAIT, "max_wait_iters")
-    return None if trigger is None else float(trigger), wait
+def _check_triggers(item: Mapping[str, Any]) -> None:
+    given = {name: item[name] for name in _TRIGGERS if item.get(name) is not None}
+    if not given:
+        raise OperationError("null", f"a trigger: one of {', '.join(_TRIGGERS)}", _TRIGGERS[0])
+    for name, trigger in given.items():
+        kind, within = (float, _LOSS) if name == "trigger_loss" else (int, _COUNT)
+        check_number(trigger, kind, within, name)
 
 
 def _as_declared(operation: Operation, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with numbers in their declared type, so that 1 and 1.0 are one thing."""
+    """Return the options with numbers in their declared type, so that 1 and 1.0 are the same."""
     return {
         name: float(given) if isinstance(operation.options[name].default, float) else given
         for name, given in options.items()
@@ -272,56 +209,3 @@ def _as_declared(operation: Operation, options: Mapping[str, Any]) -> dict[str, 
 
 def _shown(value: Any) -> Any:
     return "null" if value is None else value
-
-
-def _next_stage(before: Stage, entry: Entry) -> Stage:
-    operation, shape = entry.operation, before.shape
-    after = operation.next_shape(shape, entry.value, entry.options)
-    other_model = after.model != shape.model
-    options = operation.with_defaults(entry.options)
-    return Stage(
-        entry,
-        after,
-        architecture=before.architecture + other_model,
-        recompiles=other_model or after.batch_size != shape.batch_size,
-        exact=operation.exact(shape, entry.value, options),
-        warnings=entry.warnings + _warnings(operation, shape, after, entry.value),
-    )
-
-
-def _warnings(
-    operation: Operation, before: RunShape, after: RunShape, value: float | None
-) -> tuple[str, ...]:
-    if value is not None and before == after:
-        return (f"{operation.name} {repeatable(value)} changes nothing",)
-    if operation.count and value is not None:
-        old, new = getattr(before, operation.count), getattr(after, operation.count)
-        if whole_product(old, value) != new:
-            product = f"{old} × {repeatable(value)} = {old * value:g}"
-            return (f"{operation.count}: {product}, rounded to {new}",)
-    return ()
-
-
-def _check_batch(before: RunShape, after: RunShape, entry: Entry, parts: int) -> None:
-    size = after.batch_size
-    if size % parts == 0 or size == before.batch_size:
-        return
-    near = [n for n in (size // parts * parts, -(-size // parts) * parts) if n > 0]
-    wanted = f"a batch that divides over the mesh's data × fsdp ({parts})"
-    if entry.operation.count:
-        old = before.batch_size
-        works = [f"{repeatable(n / old)} gives {n}" for n in near]
-        wanted += f", not {old} × {repeatable(entry.value or 0)} = {size}"
-    else:
-        works = [str(n) for n in near]
-    raise OperationError(entry.value, f"{wanted}: {', '.join(works)}")
-
-
-def _check_warmup(before: RunShape, after: RunShape, entry: Entry, total: int | None) -> None:
-    warmup = after.warmup_steps
-    if total is not None and warmup >= total and warmup != before.warmup_steps:
-        raise OperationError(
-            entry.value,
-            f"a warmup shorter than the {total} steps of the run, not of {warmup} "
-            "(--allow_warmup_past_end permits it)",
-        )

@@ -1,10 +1,10 @@
-"""What a run resolved to, in words a person can check before it starts."""
+"""A readable summary of what a run's settings resolve to, printed before it starts."""
 
 from __future__ import annotations
 
 from jaxmorph.cli.wording import short, short_flops
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig, Settings
+from jaxmorph.config.settings import Settings
 from jaxmorph.model.architecture import flops_per_token, parameter_count, scans_layers
 from jaxmorph.step.memory import memory
 from jaxmorph.step.schedules import schedule_block, schedule_shape
@@ -21,12 +21,12 @@ def describe(
 
     Args:
       settings: the checked settings.
-      start: what the run starts with; a vocabulary of 0 is one not known before the corpus is read.
-      total: steps of the run; None where only the corpus tells.
-      corpus: one line on what was read; None before that.
+      start: the shape the run starts with; a vocabulary of 0 is not known yet.
+      total: steps of the run; None until known from the corpus.
+      corpus: one line about the corpus; None before it is read.
     """
     lines = [f"Run folder: {settings.run.run_dir}", f"Data: {corpus or _data(settings)}"]
-    lines += _model(settings, start.model)
+    lines += _model(settings, start)
     lines += _lora(start)
     lines.append(_batch(start, total))
     lines.append(_optimizer(settings))
@@ -42,11 +42,13 @@ def _data(settings: Settings) -> str:
     return f"{settings.data.data}, {settings.data.tokenizer} tokenizer"
 
 
-def _model(settings: Settings, config: ModelConfig) -> list[str]:
+def _model(settings: Settings, start: RunShape) -> list[str]:
+    config = start.model
     if not config.vocab_size:
         shape = f"{config.n_layers} layers × {config.d_model}, {config.n_heads} heads"
         return [f"Model: {shape} (parameters: known once the corpus gives the vocabulary)"]
-    parameters, held = parameter_count(config), memory(config, settings.optimizer).total
+    parameters, held = parameter_count(config), memory(start, settings.optimizer).total
+    flops = flops_per_token(config, start.frozen_layers)
     norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[config.norm]
     activation = {"gelu": "GELU", "swiglu": "SwiGLU"}[config.activation]
     head = "tied" if config.tied_head else "untied"
@@ -57,7 +59,7 @@ def _model(settings: Settings, config: ModelConfig) -> list[str]:
         f"context {config.seq_len}",
         f"       {config.positions} positions, {norm}, {activation}, {head} head, "
         f"{config.dtype}, layers {layers}",
-        f"       {parameters:,} parameters, {short_flops(flops_per_token(config))} FLOPs per token, "
+        f"       {parameters:,} parameters, {short_flops(flops)} FLOPs per token, "
         f"{short(held)} bytes of parameters, gradients and optimizer state",
     ]
 

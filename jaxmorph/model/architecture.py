@@ -1,17 +1,19 @@
-"""The built-in GPT in words: its table of signatures, its sizes and what a token costs.
+"""The built-in GPT's specification: its table of signatures, its sizes and FLOPs per token.
 
-Axes: vocab, position (index axes: one entry is picked, not summed over), embed, head, head_dim, mlp,
-layer, and attn_rank and vocab_rank of the LoRA adapters. The arrays and the arithmetic are in
-`gpt`; this module needs no JAX.
+Axes: vocab, position (index axes: looked up, not summed over), embed, head, head_dim, mlp, layer, and
+attn_rank and vocab_rank of the LoRA adapters. The arrays and the computation are in `gpt`; this
+module does not import JAX.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.model.signatures import Signature, count_parameters, parse_table
 
 INDEX_AXES = frozenset({"vocab", "position"})
-RANK_AXES = frozenset({"attn_rank", "vocab_rank"})  # what consumes one, LoRA's B, begins at zero
+RANK_AXES = frozenset({"attn_rank", "vocab_rank"})  # their consumer, LoRA's B, starts at zero
 
 
 def gpt_signatures(config: ModelConfig) -> dict[str, Signature]:
@@ -26,8 +28,8 @@ def gpt_signatures(config: ModelConfig) -> dict[str, Signature]:
         "blocks/mlp/norm": "layer | *> embed",
         "blocks/mlp/up": "layer | embed -> mlp",
         "blocks/mlp/down": "layer | mlp +> embed",
-        # With a tied head the logits are a product with the embedding itself: the final norm then
-        # takes the share that the consuming side of a plain matrix would take.
+        # With a tied head the logits are a product with the embedding itself, so the final norm takes
+        # the share that a plain output matrix would take as the consumer.
         "head/norm": "embed *>" if config.tied_head else "*> embed",
     }
     if config.positions == "learned":
@@ -68,13 +70,8 @@ def lora_adapters(config: ModelConfig) -> dict[str, tuple[str, str]]:
     return {base: (f"{base}_lora_a", f"{base}_lora_b") for base in bases}
 
 
-def frozen_parameters(config: ModelConfig) -> frozenset[str]:
-    """Return the paths of the parameters that get no update: the adapted ones of a frozen base."""
-    return frozenset(lora_adapters(config) if config.lora_base == "frozen" else ())
-
-
 def _lora_table(config: ModelConfig) -> dict[str, str]:
-    """Return the lines of the adapters: detours over a rank, from what a matrix consumes."""
+    """Return the adapters' signatures: a low-rank path parallel to each adapted matrix."""
     table = {}
     if config.attn_lora_rank:
         for name in ("query", "key", "value"):
@@ -114,14 +111,19 @@ def parameter_count(config: ModelConfig) -> int:
     return count_parameters(gpt_signatures(config).values(), gpt_axis_sizes(config))
 
 
-def flops_per_token(config: ModelConfig) -> int:
+def flops_per_token(config: ModelConfig, frozen_layers: Collection[int] = ()) -> int:
     """Return the floating-point operations of training on one token, backward pass included.
 
-    6 per parameter of every matrix that multiplies (a tied embedding counts once, as the head; looking
-    up a row is free) and 12·n_layers·n_heads·head_dim·seq_len for attention, counted unmasked as is
-    customary (Chowdhery et al. 2022, PaLM, appendix B; also nanoGPT's estimate). Adapters are added to
-    their matrices once a step and so cost no token anything; a frozen matrix costs as much as any, as
-    its adapter's gradient comes from its own.
+    6 per parameter of every matrix multiplied (a tied embedding counts once, as the head; row lookups
+    are free) and 12·n_layers·n_heads·head_dim·seq_len for attention, counted unmasked as is customary
+    (Chowdhery et al. 2022, PaLM, appendix B; also nanoGPT's estimate). Adapters are added to their
+    matrices once per step, so they cost nothing per token; a matrix frozen under an adapter costs as
+    much as any other, as the adapter's gradient is computed from the matrix's. Matrices of a frozen
+    layer cost 4 per parameter: they propagate the gradient but have none of their own.
+
+    Args:
+      config: the architecture.
+      frozen_layers: layers that are not trained.
     """
     sizes = gpt_axis_sizes(config)
     matrices = [
@@ -131,9 +133,12 @@ def flops_per_token(config: ModelConfig) -> int:
     ]
     tied = config.vocab_size * config.d_model if config.tied_head else 0
     attention = config.n_layers * config.n_heads * config.head_dim * config.seq_len
-    return 6 * (count_parameters(matrices, sizes) + tied) + 12 * attention
+    frozen = count_parameters(
+        [s for s in matrices if s.stacked], sizes | {"layer": len(frozen_layers)}
+    )
+    return 6 * (count_parameters(matrices, sizes) + tied) - 2 * frozen + 12 * attention
 
 
 def scans_layers(config: ModelConfig) -> bool:
-    """Say whether the blocks run by `lax.scan`: `auto` scans above 12 layers."""
+    """Return whether the blocks run in a `lax.scan`: `auto` scans above 12 layers."""
     return config.scan_layers == "scan" or (config.scan_layers == "auto" and config.n_layers > 12)

@@ -1,8 +1,8 @@
-"""Causal self-attention: cuDNN's on GPU, XLA's plain one, and a blocked one that is fastest on CPU.
+"""Causal self-attention: cuDNN on GPU, plain XLA, and a blocked version that is fastest on CPU.
 
-Axis letters as in `gpt`, and S for the time of keys and values. Exact softmax attention after
-Vaswani et al. 2017 (arXiv 1706.03762). As in Dao et al. 2022 (arXiv 2205.14135) the blocked one
-normalises the mixed values rather than the weights, and the softmax's gradient comes from the output.
+Axis letters as in `gpt`, plus S for the time of keys and values. Exact softmax attention after
+Vaswani et al. 2017 (arXiv 1706.03762). As in Dao et al. 2022 (arXiv 2205.14135) the blocked version
+normalises the mixed values, not the weights, and computes the softmax's gradient from the output.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxmorph.model.precision import wide_dtype
 
 Implementation = Literal["auto", "xla", "blocked", "cudnn"]
 
-_MIN_BLOCK = 64  # queries; below it the products are too small to be fast
-_MAX_BLOCKS = 8  # each block is unrolled: more would cost compile time to save ever less work
+_MIN_BLOCK = 64  # queries; smaller products are not fast
+_MAX_BLOCKS = 8  # blocks are unrolled: more would cost compile time and save little work
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, list[jax.Array], jax.Array, jax.Array]
 
 
@@ -35,25 +35,25 @@ def causal_attention(
 ) -> jax.Array:
     """Return softmax(q·kᵀ/√K + causal mask)·v as [B, T, H, K] in the dtype of the inputs.
 
-    The softmax is taken in float32, or in float64 where the inputs are. Where it runs blocked it is
-    not differentiable in forward mode.
+    The softmax is computed in float32, or in float64 for float64 inputs. The blocked implementation
+    does not support forward-mode differentiation.
 
     Args:
       query_BTHK: queries.
       key_BTHK: keys, of the same shape and dtype.
       value_BTHK: values, of the same shape and dtype.
       implementation: "cudnn" (GPU, 16-bit dtypes, no dropout), "blocked" (blocks of queries, each
-        against only the keys it can see), "xla" (all scores, then a mask), or "auto": cudnn where
-        it can run, blocked on CPU, xla elsewhere.
+        against only the keys it can see), "xla" (all scores, then a mask), or "auto": cudnn if it
+        can run, blocked on CPU, else xla.
       dropout_rate: probability of dropping an attention weight; the others are scaled up.
       dropout_key: PRNG key; None: no dropout.
 
     Raises:
-      InputError: "cudnn" asked for where it cannot run.
+      InputError: "cudnn" was requested but cannot run.
     """
     rate = 0.0 if dropout_key is None else dropout_rate
     chosen, time = _resolve(implementation, query_BTHK, rate), query_BTHK.shape[1]
-    # jax.nn.dot_product_attention has no dropout, and takes the softmax of float64 in float32.
+    # jax.nn.dot_product_attention has no dropout, and computes a float64 softmax in float32.
     if rate > 0.0 or (chosen == "xla" and query_BTHK.dtype == jnp.float64):
         block = _block_size(time) if chosen == "blocked" else time
         return _by_autodiff(query_BTHK, key_BTHK, value_BTHK, block, rate, dropout_key)
@@ -67,11 +67,11 @@ def causal_attention(
 def _resolve(
     implementation: Implementation, query_BTHK: jax.Array, rate: float
 ) -> Literal["xla", "blocked", "cudnn"]:
-    """Return what to run: "auto" looks at the backend, "cudnn" is refused where it cannot run."""
+    """Return the implementation: "auto" depends on the backend; "cudnn" is refused if it cannot run."""
     if implementation in ("xla", "blocked"):
         return implementation
     backend, dtype, head_dim = jax.default_backend(), query_BTHK.dtype, query_BTHK.shape[-1]
-    # head_dim up to 256 would run from Hopper on; 128 runs on every GPU that has flash attention.
+    # Hopper and newer allow head_dim up to 256; 128 runs on every GPU with flash attention.
     limit = 256 if implementation == "cudnn" else 128
     obstacles = [
         said
@@ -91,13 +91,13 @@ def _resolve(
             "",
             f"cudnn with {', '.join(obstacles)}",
             "a GPU, dtype bfloat16 or float16, a head_dim that is a multiple of 8 and at most 256,"
-            " and dropout 0; --attention auto picks what can run",
+            " and dropout 0; --attention auto picks one that can run",
         )
     return "blocked" if backend == "cpu" else "xla"
 
 
 def _block_size(time: int) -> int:
-    """Return how many queries go together: the fastest on CPU of those tried at T 64, 256, 1024."""
+    """Return the queries per block: the fastest size on CPU of those tried at T 64, 256, 1024."""
     return max(_MIN_BLOCK, -(-time // _MAX_BLOCKS))
 
 
@@ -106,12 +106,12 @@ def _blocks(time: int, size: int) -> list[tuple[int, int]]:
 
 
 def _heads_first(*arrays_BTHK: jax.Array) -> tuple[jax.Array, ...]:
-    """Return [B, H, T, K]: the products below then need no transposed copies of the weights."""
+    """Return [B, H, T, K], so that the products below need no transposed copies of the weights."""
     return tuple(jnp.swapaxes(x, 1, 2) for x in arrays_BTHK)
 
 
 def _scaled(query_BTHK: jax.Array) -> jax.Array:
-    """Return queries over √K: cheaper than scaling the scores, of which there are more."""
+    """Return queries divided by √K: cheaper than scaling the scores, which are larger."""
     return query_BTHK * np.asarray(query_BTHK.shape[-1] ** -0.5, query_BTHK.dtype)
 
 
@@ -122,7 +122,7 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(q_BHTK: jax.Array, k_BHSK: jax.Array, start: int, stop: int) -> jax.Array:
-    """Return scores of (scaled) queries start:stop over keys :stop, -inf where those are later."""
+    """Return scores of (scaled) queries start:stop against keys :stop, -inf for later keys."""
     scores_BHTS = _product("BHTK,BHSK->BHTS", q_BHTK[:, :, start:stop], k_BHSK[:, :, :stop])
     seen_TS = np.arange(start, stop)[:, None] >= np.arange(stop)[None, :]
     return jnp.where(seen_TS[None, None], scores_BHTS, -jnp.inf)
@@ -142,7 +142,7 @@ def _by_autodiff(
     rate: float,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
-    """Return attention by blocks of queries, with dropout where there is a key."""
+    """Return attention by blocks of queries, with dropout if there is a key."""
     q_BHTK, k_BHSK, v_BHSK = _heads_first(_scaled(query_BTHK), key_BTHK, value_BTHK)
     mixed = []
     for start, stop in _blocks(q_BHTK.shape[2], block):
@@ -164,10 +164,10 @@ def _blocked(query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHK: jax.Array) 
 def _blocked_forward(
     query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHK: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
-    """Return the output, and what the gradient needs.
+    """Return the output and the residuals for the backward pass.
 
-    Of each block that is the exponentials of its scores less their row's largest, in the inputs'
-    dtype; of each row one over their sum, and the output.
+    The residuals are, per block, the exponentials of its scores minus the row maximum, in the inputs'
+    dtype; per row, the reciprocal of their sum and the output.
     """
     q_BHTK, k_BHSK, v_BHSK = _heads_first(_scaled(query_BTHK), key_BTHK, value_BTHK)
     time = q_BHTK.shape[2]
@@ -188,9 +188,9 @@ def _blocked_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of queries, keys and values.
 
-    Written out because XLA's gradient of the slices is a padded sum per block, and takes a third
-    more memory: on CPU it is 10-25 % slower. The products that sum over queries give [B, H, K, S],
-    which XLA's CPU backend computes up to twice as fast as [B, H, S, K].
+    Written by hand because XLA's gradient of the slices is a padded sum per block, which takes a third
+    more memory and is 10-25 % slower on CPU. Products that sum over queries return [B, H, K, S], which
+    XLA's CPU backend computes up to twice as fast as [B, H, S, K].
     """
     q_BHTK, k_BHSK, v_BHSK, kept, share_BHT1, out_BHTK = residuals
     dtype, dq, dk, dv = q_BHTK.dtype, [], [], []
@@ -216,7 +216,7 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def _sum_by_block(parts: list[jax.Array], blocks: list[tuple[int, int]]) -> jax.Array:
-    """Sum parts of which the n-th covers keys up to the end of block n, without padding any."""
+    """Sum parts, the n-th of which covers keys up to the end of block n, without padding."""
     sums = [
         functools.reduce(jnp.add, [part[..., start:stop] for part in parts[n:]])
         for n, (start, stop) in enumerate(blocks)

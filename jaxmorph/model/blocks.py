@@ -1,6 +1,6 @@
 """The GPT's parts as Flax NNX modules; `gpt` runs them.
 
-Axis dictionary as in `gpt`. A module holds one layer's parameters, without the layer axis, in the
+Axis dictionary as in `gpt`. A module holds one layer's parameters, without the layer axis, with the
 names and shapes of `architecture.gpt_signatures`.
 """
 
@@ -17,11 +17,12 @@ from flax import nnx
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.model.architecture import gpt_axis_sizes, gpt_signatures
 from jaxmorph.model.attention import causal_attention
+from jaxmorph.model.measures import Measures
 from jaxmorph.model.precision import parameter_dtype, wide_dtype
 
 Params = dict[str, Any]
 # Run-time factors of the forward pass: "layer" [L] scales a block's change, "head" [L, H] a head's
-# output; "lora_alpha" [] the adapters. A block sees its own layer's two.
+# output, "lora_alpha" [] the adapters. A block gets its own layer's "layer" and "head".
 Gates = dict[str, jax.Array]
 Cache = dict[str, jax.Array]  # "key", "value" [L, B, S, H, K]; without L inside a block
 _NORM_EPSILON = 1e-5
@@ -43,16 +44,17 @@ class Block(nnx.Module):
         key: jax.Array | None,
         cache: Cache | None = None,
         position: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Return the next residual stream and the extended cache ({} without one).
+    ) -> tuple[jax.Array, Cache, Measures]:
+        """Return the next residual stream, the extended cache ({} without one) and measures.
 
-        The change is scaled by the layer gate (h + α·(block(h) - h)) and each head by its own.
+        The layer gate scales the change (h + α·(block(h) - h)), the head gates each head. Measures are
+        sums with counts of whatever a type of block reports; this one reports nothing.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
         attended_BTD, cache = self.attention(x_BTD, gates["head"], keys[0], cache, position)
         attended_BTD = dropout(attended_BTD, self.rate, keys[1])
         change_BTD = attended_BTD + dropout(self.mlp(x_BTD + attended_BTD), self.rate, keys[2])
-        return x_BTD + gates["layer"].astype(x_BTD.dtype) * change_BTD, cache
+        return x_BTD + gates["layer"].astype(x_BTD.dtype) * change_BTD, cache, {}
 
 
 class Attention(nnx.Module):
@@ -102,8 +104,8 @@ class Attention(nnx.Module):
                 ),
             }
             mixed_BTHK = _attend_to_cache(query_BTHK, cache, position)
-        # The gate scales the small projection rather than the activations: the same function, and
-        # a gate of zero is exactly a head removed.
+        # The gate scales the small projection, not the activations: the same function, and a gate
+        # of zero is exactly the same as a removed head.
         out_HKD = self.out[...] * gates_H[:, None, None]
         return _linear(mixed_BTHK, out_HKD, self.out_bias, 2), cache
 
@@ -130,7 +132,7 @@ class MLP(nnx.Module):
         return _linear(up_BTF, self.down, self.down_bias, 1)
 
 
-# Computed again in the backward pass: from memory its parts would take as long, and a lot of room.
+# Recomputed in the backward pass: loading its intermediates would take as long, and a lot of memory.
 @jax.checkpoint
 def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
@@ -142,7 +144,7 @@ def _swiglu(gate: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Head(nnx.Module):
-    """The final norm and, where it is not tied to the embedding, the output matrix."""
+    """The final norm and, unless tied to the embedding, the output matrix."""
 
     def __init__(self, config: ModelConfig):
         new = _parameter_maker(config, "head")
@@ -150,11 +152,11 @@ class Head(nnx.Module):
         self.config = config
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
-        """Return the residual stream [B, T, D] as the output matrix wants it."""
+        """Return the normalised residual stream [B, T, D], the input of the output matrix."""
         return normalise(self.config, x_BTD, self.norm, self.norm_bias)
 
     def logits(self, x_BTD: jax.Array, tokens_VD: jax.Array) -> jax.Array:
-        """Return logits [..., V]; `tokens_VD` is the embedding, used where the head is tied."""
+        """Return logits [..., V]; `tokens_VD` is the embedding, used if the head is tied."""
         output_DV = tokens_VD.T if self.output is None else self.output[...]
         wide = wide_dtype(x_BTD.dtype)
         return jnp.matmul(x_BTD, output_DV.astype(x_BTD.dtype), preferred_element_type=wide)
@@ -172,9 +174,9 @@ def normalise(
 
 
 def _standardised(x: jax.Array, centred: bool) -> jax.Array:
-    """Return `x` over the root mean square of its last axis, less its mean first where `centred`.
+    """Return `x` divided by the RMS of its last axis, minus its mean first if `centred`.
 
-    Its gradient is written out because that of each operation in turn passes over memory more often.
+    The gradient is written by hand because autodiff's makes more passes over memory.
     """
     return _standardise_forward(x, centred)[0]
 
@@ -202,8 +204,8 @@ _standardise.defvjp(_standardise_forward, _standardise_backward)
 def add_row(x: jax.Array, row: jax.Array) -> jax.Array:
     """Return `x` [..., C] plus a vector [C].
 
-    The gradient of the vector is a sum over rows. XLA's CPU backend makes a slow tree of such a sum,
-    and a fast product of one with a row of ones; other backends sum well.
+    The gradient of the vector is a sum over rows. XLA's CPU backend compiles it to a slow tree, but a
+    product with a row of ones to a fast matmul; other backends sum well.
     """
     return x + row.reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -235,7 +237,7 @@ def _linear(
 ) -> jax.Array:
     """Contract the last `contracted` axes of `x` with the first of `weight`, as one 2-D product.
 
-    XLA's CPU backend multiplies plain matrices about twice as fast as several axes at once.
+    XLA's CPU backend is about twice as fast on plain matrices as on contractions of several axes.
     """
     consumed, produced = weight.shape[:contracted], weight.shape[contracted:]
     batch = x.shape[: x.ndim - contracted]
@@ -248,7 +250,7 @@ def _linear(
 
 
 def _rotate(x_BTHK: jax.Array, start: jax.Array) -> jax.Array:
-    """Rotate pairs (k, k + K/2) by the token's position, the first token being at `start`."""
+    """Rotate pairs (k, k + K/2) by the token's position; the first token is at `start`."""
     half = x_BTHK.shape[-1] // 2
     wide = wide_dtype(x_BTHK.dtype)
     frequency = _ROTARY_BASE ** (-jnp.arange(half, dtype=wide) / half)
@@ -263,7 +265,7 @@ def _rotate(x_BTHK: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def _attend_to_cache(query_BTHK: jax.Array, cache: Cache, position: jax.Array) -> jax.Array:
-    """Return attention of T new tokens, the first at `position`, to the cached ones up to each."""
+    """Return attention of T new tokens, the first at `position`, to the cached tokens up to each."""
     wide = wide_dtype(query_BTHK.dtype)
     scores_BHTS = jnp.einsum(
         "BTHK,BSHK->BHTS", query_BTHK, cache["key"], preferred_element_type=wide
@@ -277,7 +279,7 @@ def _attend_to_cache(query_BTHK: jax.Array, cache: Cache, position: jax.Array) -
 
 
 def _parameter_maker(config: ModelConfig, scope: str) -> Callable[[str], Any]:
-    """Return a function giving the parameter `scope/name` in its shape per layer, None if absent."""
+    """Return a function that makes the parameter `scope/name`, shaped per layer; None if absent."""
     signatures, sizes = gpt_signatures(config), gpt_axis_sizes(config)
 
     def new(name: str) -> nnx.Param | None:
@@ -291,12 +293,12 @@ def _parameter_maker(config: ModelConfig, scope: str) -> Callable[[str], Any]:
 
 
 def with_params(cls: Callable[[ModelConfig], Any], config: ModelConfig, params: Params) -> Any:
-    """Return the module with `params` in it; nothing is allocated for its own initial values."""
+    """Return the module holding `params`, without allocating its own initial values."""
     graph, state = nnx.split(nnx.eval_shape(lambda: cls(config)))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Return `x` with entries dropped at `rate` and the rest scaled up; as it is without a key."""
+    """Return `x` with entries dropped at `rate` and the rest scaled up; unchanged without a key."""
     return x if key is None or rate == 0.0 else nnx.Dropout(rate)(x, rngs=key)

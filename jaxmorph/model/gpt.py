@@ -1,8 +1,8 @@
-"""A GPT in Flax NNX behind a functional waist: plain nested dicts in, arrays out.
+"""A GPT in Flax NNX behind a functional interface: plain nested dicts in, arrays out.
 
 Axis dictionary (capital suffixes of names): B batch, T time, D embed, H head, K head_dim, F mlp,
-V vocab, L layer, S cached time. Parameters are nested dicts whose paths and shapes are those of
-`architecture.gpt_signatures`; the blocks' are stacked on a leading layer axis.
+V vocab, L layer, S cached time. Parameters are nested dicts with the paths and shapes of
+`architecture.gpt_signatures`; block parameters are stacked on a leading layer axis.
 
 Pre-norm decoder after Radford et al. 2019 (GPT-2); rotary positions after Su et al. 2021
 (arXiv 2104.09864), RMSNorm after Zhang & Sennrich 2019 (arXiv 1910.07467), SwiGLU after Shazeer 2020
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,22 +39,35 @@ from jaxmorph.model.blocks import (
     with_params,
 )
 from jaxmorph.model.lora import adapted
+from jaxmorph.model.measures import Mean, Measures
 from jaxmorph.model.precision import parameter_dtype, wide_dtype
 from jaxmorph.model.signatures import Signature
 
 Constrain = Callable[[jax.Array], jax.Array]
-_LARGEST_LOGITS = 256 << 20  # bytes of logits above which the loss goes through them in chunks
+_LARGEST_LOGITS = 256 << 20  # bytes of logits above which the loss is computed in chunks
 _LOSS_CHUNK = 4096  # tokens
+
+
+class Output(NamedTuple):
+    """What the forward pass returns.
+
+    Args:
+      logits: [B, T, V] of the next token, in float32 (float64 with dtype float64).
+      measures: what the blocks report besides the residual stream, summed over layers; for example
+        the load balance of a block that routes tokens. This GPT's blocks report nothing.
+    """
+
+    logits: jax.Array
+    measures: Measures
 
 
 def init(config: ModelConfig, rng: jax.Array) -> Params:
     """Return freshly initialised parameters.
 
-    Gains are one and biases zero; matrices are normal with `init_std`, those of each layer that add to
-    the residual stream with `init_std / √(2·n_layers)` (Radford et al. 2019). Of an adapter the
-    second factor is zero, the first normal with a variance of one over the entries it sums. Each
-    leaf's randomness depends on its path alone, so that adding a parameter leaves the others as they
-    were.
+    Gains are one and biases zero; matrices are normal with `init_std`, each layer's projections into
+    the residual stream with `init_std / √(2·n_layers)` (Radford et al. 2019). Of an adapter, B is zero
+    and A normal with variance 1 / fan-in. Each leaf's randomness depends only on its path, so that
+    adding a parameter does not change the others.
 
     Args:
       config: the architecture.
@@ -81,7 +94,7 @@ def init_leaf(
     config: ModelConfig,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """Return the initial value of one parameter, as its signature says (see `init`)."""
+    """Return the initial value of one parameter, according to its signature (see `init`)."""
     if signature.is_gain:
         return jnp.ones(shape, dtype)
     if not signature.is_matrix or RANK_AXES & set(signature.consumed):
@@ -98,7 +111,7 @@ def init_leaf(
 
 
 def open_gates(config: ModelConfig) -> Gates:
-    """Return gates that leave every layer and head as it is: all ones."""
+    """Return gates that leave every layer and head unchanged: all ones."""
     dtype = parameter_dtype(config)
     return {
         "layer": jnp.ones(config.n_layers, dtype),
@@ -115,8 +128,8 @@ def forward(
     gates: Gates,
     dropout_key: jax.Array | None = None,
     constrain: Constrain = lambda x: x,
-) -> jax.Array:
-    """Return next-token logits [B, T, V] in float32 (float64 with dtype float64).
+) -> Output:
+    """Return next-token logits, and what the blocks measure.
 
     Args:
       config: the architecture.
@@ -124,11 +137,11 @@ def forward(
       tokens_BT: token ids, int32, T ≤ seq_len.
       gates: "layer" [L] and "head" [L, H].
       dropout_key: PRNG key; None: no dropout.
-      constrain: applied to the residual stream [B, T, D] after each block, to pin its sharding.
+      constrain: applied to the residual stream [B, T, D] after each block, to constrain its sharding.
     """
     params = adapted(config, params, gates["lora_alpha"])
-    hidden_BTD = _hidden(config, params, tokens_BT, gates, dropout_key, constrain)
-    return _logits(config, params, hidden_BTD)
+    hidden_BTD, measures = _hidden(config, params, tokens_BT, gates, dropout_key, constrain)
+    return Output(_logits(config, params, hidden_BTD), measures)
 
 
 def _hidden(
@@ -138,25 +151,29 @@ def _hidden(
     gates: Gates,
     dropout_key: jax.Array | None,
     constrain: Constrain,
-) -> jax.Array:
-    """Return the normalised last residual stream [B, T, D]; `params` without adapters."""
+) -> tuple[jax.Array, Measures]:
+    """Return the normalised final residual stream [B, T, D], and what the blocks measure.
+
+    `params` are without adapters.
+    """
     embed_key, blocks_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     x_BTD = _embed(config, params, tokens_BT, jnp.zeros((), jnp.int32))
     x_BTD = constrain(dropout(x_BTD, config.dropout, embed_key))
     keys = None if blocks_key is None else jax.random.split(blocks_key, config.n_layers)
 
-    def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+    def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, Measures]:
         layer_params, layer_gates, key = layer
-        x_BTD, _ = with_params(Block, config, layer_params)(x_BTD, layer_gates, key)
-        return constrain(x_BTD), None
+        x_BTD, _, measures = with_params(Block, config, layer_params)(x_BTD, layer_gates, key)
+        return constrain(x_BTD), measures
 
     if config.remat:
         block = jax.checkpoint(block)
-    x_BTD, _ = _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates), keys))
-    return with_params(Head, config, params["head"]).normalise(x_BTD)
+    x_BTD, stacked = _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates), keys))
+    measures = jax.tree.map(lambda per_layer: per_layer.sum(axis=0), stacked)
+    return with_params(Head, config, params["head"]).normalise(x_BTD), measures
 
 
-def loss(
+def measure(
     config: ModelConfig,
     params: Params,
     tokens_BT: jax.Array,
@@ -164,23 +181,23 @@ def loss(
     gates: Gates,
     dropout_key: jax.Array | None = None,
     constrain: Constrain = lambda x: x,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the mean next-token cross-entropy in nats, and the accuracy.
+) -> Measures:
+    """Return next-token cross-entropy ("loss", in nats), "accuracy" and what blocks measure.
 
     Args:
       config: the architecture.
       params: nested dict of parameters.
-      tokens_BT: [B, T + 1]: inputs and, one to the right, their targets.
+      tokens_BT: [B, T + 1]: inputs and, shifted by one, their targets.
       gates: "layer" [L] and "head" [L, H].
       dropout_key: PRNG key; None: no dropout.
       constrain: see `forward`.
 
-    Where all logits at once would be large they are computed, and recomputed in the backward pass,
+    If all logits at once would be large, they are computed, and recomputed in the backward pass,
     `loss_chunk` tokens at a time.
     """
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     params = adapted(config, params, gates["lora_alpha"])
-    hidden_BTD = _hidden(config, params, inputs_BT, gates, dropout_key, constrain)
+    hidden_BTD, measures = _hidden(config, params, inputs_BT, gates, dropout_key, constrain)
     chunk = _chunk_size(config, targets_BT.size)
 
     def totals(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -190,11 +207,12 @@ def loss(
         hits = jax.lax.argmax(logits, logits.ndim - 1, targets.dtype) == targets
         return nats.sum(), hits.sum(dtype=nats.dtype)
 
-    if not chunk:
-        nats, hits = totals(hidden_BTD, targets_BT)
-    else:
+    if chunk:
         nats, hits = _in_chunks(totals, hidden_BTD, targets_BT, chunk)
-    return nats / targets_BT.size, hits / targets_BT.size
+    else:
+        nats, hits = totals(hidden_BTD, targets_BT)
+    count = jnp.asarray(targets_BT.size, nats.dtype)
+    return {"loss": Mean(nats, count), "accuracy": Mean(hits, count), **measures}
 
 
 def empty_cache(config: ModelConfig, batch: int) -> Cache:
@@ -212,13 +230,13 @@ def extend(
     *,
     gates: Gates,
 ) -> tuple[jax.Array, Cache]:
-    """Return the logits [B, T, V] of T further tokens, and the cache that includes them.
+    """Return the logits [B, T, V] of T more tokens, and the cache including them.
 
     Args:
       config: the architecture.
       params: nested dict of parameters.
-      cache: keys and values of the tokens before.
-      tokens_BT: the further tokens.
+      cache: keys and values of the previous tokens.
+      tokens_BT: the new tokens.
       position: how many tokens the cache holds, an int32 scalar; position + T ≤ seq_len.
       gates: "layer" [L] and "head" [L, H].
     """
@@ -228,7 +246,8 @@ def extend(
     def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, Cache]:
         layer_params, layer_gates, layer_cache = layer
         run = with_params(Block, config, layer_params)
-        return run(x_BTD, layer_gates, None, layer_cache, position)
+        x_BTD, layer_cache, _ = run(x_BTD, layer_gates, None, layer_cache, position)
+        return x_BTD, layer_cache
 
     x_BTD, cache = _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates), cache))
     return _logits(
@@ -259,8 +278,8 @@ def _logits(config: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.A
 
 
 def _run_layers(config: ModelConfig, block: Callable, x: jax.Array, stacked: Any) -> tuple:
-    """Carry `x` through `block(x, layer)` for every layer of `stacked`; stack what each returns."""
-    if scans_layers(config) or not config.n_layers:  # over no layers a scan knows its outputs
+    """Carry `x` through `block(x, layer)` for every layer of `stacked`; stack each one's output."""
+    if scans_layers(config) or not config.n_layers:  # a scan over no layers knows its output shapes
         return jax.lax.scan(block, x, stacked)
     leaves, structure = jax.tree.flatten(stacked)
     outputs = []
@@ -272,7 +291,7 @@ def _run_layers(config: ModelConfig, block: Callable, x: jax.Array, stacked: Any
 
 
 def _chunk_size(config: ModelConfig, tokens: int) -> int:
-    """Return how many tokens' logits to hold at once, 0 for all."""
+    """Return how many tokens' logits to compute at once, 0 for all."""
     if config.loss_chunk is not None:
         return 0 if config.loss_chunk >= tokens else config.loss_chunk
     return _LOSS_CHUNK if 4 * tokens * config.vocab_size > _LARGEST_LOGITS else 0

@@ -1,8 +1,8 @@
-"""Arrays over named axes that are no parameters: what they are over, and how a new entry begins.
+"""Arrays over named axes that are not parameters: their axes, and the value of a fresh entry.
 
-The axes are those of the signatures. A change of shape moves such an array along with the parameters:
-an entry goes where its layer or its head goes, and a layer or head that comes from nowhere begins
-with `fresh`.
+The axes are those of the signatures. A change of shape changes such an array along with the
+parameters: entries move with their layer or head, and a fresh layer or head is initialised to
+`fresh`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NamedAxes:
-    """The axes of an array that is no parameter, and what an entry without a predecessor begins with.
+    """The axes of an array that is not a parameter, and the initial value of fresh entries.
 
     Args:
       axes: names of the axes, in the order of the dimensions, separated by spaces: "layer head";
         "" for a scalar.
-      fresh: the value of an entry that no old one becomes.
+      fresh: the value of an entry without a source.
     """
 
     axes: str = ""

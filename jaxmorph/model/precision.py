@@ -15,6 +15,6 @@ def parameter_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 def wide_dtype(dtype: Any) -> jnp.dtype:
-    """Return what statistics and sums over entries of `dtype` are taken in: float32 or wider."""
+    """Return the dtype for statistics and sums over entries of `dtype`: float32 or wider."""
     dtype = jnp.dtype(dtype)
     return dtype if dtype.itemsize >= 4 else jnp.dtype("float32")

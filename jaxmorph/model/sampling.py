@@ -24,19 +24,19 @@ def generate(
     top_k: int,
     seed: int,
 ) -> Iterator[int]:
-    """Yield sampled token ids for ever, each given the prompt and those before it.
+    """Yield sampled token ids for ever, each given the prompt and the previous ones.
 
-    Where the context is full the model goes on from the newer half of it.
+    When the context is full, the model continues from its newer half.
 
     Args:
       config: the architecture.
       params: its parameters.
       gates: its gates.
-      prompt: token ids, at least one; of a longer one the last seq_len - 1 count.
-      vocab_size: ids from here on are padding of the vocabulary and never drawn.
+      prompt: token ids, at least one; only the last seq_len - 1 are used.
+      vocab_size: ids from here on are padding of the vocabulary and never sampled.
       temperature: the logits are divided by it; 0 takes the likeliest token.
-      top_k: draw among this many likeliest tokens; 0: among all.
-      seed: of the draws.
+      top_k: sample from this many likeliest tokens; 0: from all.
+      seed: of the samples.
     """
     extend = jax.jit(functools.partial(gpt.extend, config), donate_argnums=1)
     draw = jax.jit(
@@ -65,8 +65,8 @@ def _read(
 ) -> tuple[jax.Array, Cache]:
     """Return the logits after the context, and the cache that holds it.
 
-    The context is padded to a power of two, so that few lengths are compiled. What the padding
-    leaves in the cache is overwritten before any token can see it.
+    The context is padded to a power of two, so that few lengths are compiled. The cache entries of
+    the padding are overwritten before any token can see them.
     """
     length = min(config.seq_len, 1 << (len(context) - 1).bit_length())
     padded = jnp.asarray([context + [0] * (length - len(context))], jnp.int32)

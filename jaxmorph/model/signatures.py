@@ -1,15 +1,23 @@
-"""Parameter signatures: one line per parameter saying which axes it consumes and which it produces.
+"""Parameter signatures: one line per parameter naming the axes it consumes and produces.
 
 A signature reads `stacked axes | consumed axes ARROW produced axes`, in the order of the array's
 dimensions, with three arrows:
 
     ->   plain
     +>   adds to the residual stream
-    *>   is a gain, one when it does nothing
+    *>   is a gain, neutral at one
 
 "layer | embed -> head head_dim" is a query projection of every layer; "layer | +> embed" the bias of
-a residual projection; "layer | *> embed" a normalisation scale. Initialisation, decay masks,
-sharding and every change of shape are derived from the signatures; nothing matches on path names.
+a residual projection; "layer | *> embed" a normalisation scale. An axis has one name and one size
+everywhere. The role of an axis in a parameter says how the parameter changes when the axis does
+(`morphs`):
+
+    stacked     one slice per entry: entries are copied, dropped, or freshly initialised
+    consumed    input: a copy takes its share of the weights, a fresh entry has zeros
+    produced    output: a copy has the same weights, a fresh entry is freshly initialised
+
+Initialisation, decay masks, sharding and every change of shape are derived from the signatures;
+nothing matches on path names.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ class Arrow(Enum):
 
 
 class Role(Enum):
-    """What an axis is to a parameter."""
+    """The role of an axis in a parameter."""
 
     STACKED = "stacked"
     CONSUMED = "consumed"
@@ -66,21 +74,21 @@ class Signature:
 
     @property
     def is_matrix(self) -> bool:
-        """Say whether it maps axes to axes; what does not is a bias or a gain."""
+        """Return whether it maps axes to axes; otherwise it is a bias or a gain."""
         return bool(self.consumed and self.produced) and self.arrow is not Arrow.GAIN
 
     @property
     def is_gain(self) -> bool:
-        """Say whether it multiplies, so that one is its neutral value."""
+        """Return whether it multiplies, so that one is its neutral value."""
         return self.arrow is Arrow.GAIN
 
     @property
     def adds_to_residual(self) -> bool:
-        """Say whether what it produces is added to the residual stream."""
+        """Return whether its output is added to the residual stream."""
         return self.arrow is Arrow.RESIDUAL
 
     def role(self, axis: str) -> Role:
-        """Return what `axis` is here.
+        """Return the role of `axis` here.
 
         Raises:
           KeyError: the parameter does not have that axis.
@@ -104,10 +112,10 @@ class Signature:
 
 
 def parse_signature(text: str) -> Signature:
-    """Return the signature that `text` writes.
+    """Parse a signature.
 
     Raises:
-      SignatureError: not one arrow, an axis that is no plain name, or an axis named twice.
+      SignatureError: not exactly one arrow, an axis that is not a plain name, or named twice.
     """
     stacked, bar, rest = text.rpartition("|")
     arrows = [arrow for arrow in Arrow if arrow.value in rest]
@@ -119,11 +127,11 @@ def parse_signature(text: str) -> Signature:
     )
     for axis in signature.axes:
         if not _AXIS.fullmatch(axis):
-            raise SignatureError(f"signature {text!r}: {axis!r} is not a name of an axis")
+            raise SignatureError(f"signature {text!r}: {axis!r} is not an axis name")
     if len(set(signature.axes)) < len(signature.axes):
         raise SignatureError(f"signature {text!r}: each axis once")
     if not signature.axes or (bar and not signature.stacked):
-        raise SignatureError(f"signature {text!r}: names no axis where it should")
+        raise SignatureError(f"signature {text!r}: an axis name is missing")
     return signature
 
 
@@ -131,7 +139,7 @@ def parse_table(table: Mapping[str, str]) -> dict[str, Signature]:
     """Return the signatures of a table of `path: signature` lines.
 
     Raises:
-      SignatureError: naming the path and what is wrong with its line.
+      SignatureError: names the path and what is wrong with its line.
     """
     parsed = {}
     for path, text in table.items():
@@ -168,7 +176,7 @@ def axis_sizes(
     """Return the size of every axis, as the parameters' shapes give it.
 
     Raises:
-      SignatureError: a shape of another number of dimensions, or two sizes for one axis.
+      SignatureError: a shape with the wrong number of dimensions, or two sizes for one axis.
     """
     found: dict[str, tuple[int, str]] = {}
     for path, shape in shapes.items():

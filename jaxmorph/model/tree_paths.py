@@ -1,4 +1,4 @@
-"""Leaves of pytrees by their path, and the parameter that a leaf of a state mirrors."""
+"""Leaves of pytrees by path, and the parameter that a leaf of a state mirrors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import jax
 
 
 def parameter_path(path: tuple) -> str:
-    """Return the parameter that a leaf of a state mirrors: the dict keys that end its path.
+    """Return the parameter that a leaf of a state mirrors: the trailing dict keys of its path.
 
-    Optimizer states nest the parameters' own dicts inside their fields (mu, nu, trace, ...), so the
+    Optimizer states nest the parameters' dicts inside their fields (mu, nu, trace, ...), so the
     trailing dict keys of a leaf's path name its parameter: ".opt_state[1].mu['embed']['tokens']" is
     "embed/tokens". "" for a leaf that mirrors none.
     """
@@ -22,14 +22,20 @@ def parameter_path(path: tuple) -> str:
     return "/".join(reversed(names))
 
 
+def field_name(path: tuple) -> str:
+    """Return the field of a state that a leaf belongs to: the last attribute on its path, or ""."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    return names[-1] if names else ""
+
+
 def leaves_by_path(state: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by their path, written with slashes, in the tree's order."""
+    """Return the leaves of a pytree by path, joined with slashes, in tree order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def from_leaves(abstract: Any, leaves: dict[str, Any]) -> Any:
-    """Return a pytree of the structure of `abstract` with the given leaves (see `leaves_by_path`)."""
+    """Return a pytree with the structure of `abstract` and these leaves (see `leaves_by_path`)."""
     paths = list(leaves_by_path(abstract))
     assert set(paths) == set(leaves), set(paths) ^ set(leaves)
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[path] for path in paths])

@@ -1,4 +1,4 @@
-"""Axis maps: where each entry of a changed axis comes from, and what its consumers take of it.
+"""Axis maps: the source of each entry of a changed axis, and the share its consumers take of it.
 
 Duplicated units after Chen et al. 2015 (Net2Net, arXiv 1511.05641), with unequal shares after Wang et
 al. 2023 (LEMON, arXiv 2310.07999); fresh units with consumers at zero after Gesmundo & Maile 2023
@@ -8,13 +8,17 @@ al. 2023 (LEMON, arXiv 2310.07999); fresh units with consumers at zero after Ges
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jaxmorph.cli.errors import InputError, nearest
 
-FRESH = -1  # the source of an entry that comes from nowhere
+FRESH = -1  # the source of a fresh entry
+# Entries to keep: indices, or with `over` a list of them per entry of that axis.
+Entries = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 ORDERS = ("stack", "interleave", "middle")
 
 
@@ -25,18 +29,26 @@ class AxisMap:
     Args:
       axis: its name in the signatures.
       old: its size before.
-      source: int [new], the old entry that each new one is a copy of, or FRESH.
-      share: float [new], what consumers of an entry take of the original's weights. The shares of the
-        copies of one source sum to 1 where the function is to stay as it is.
-      spread: half-width of the uniform random part of a share, drawn for each weight of a consumer;
-        the first copy takes what the others leave of 1. 0: every share as `share` says.
+      source: int [new], the old entry that each new one copies, or FRESH. With `over`, here and in
+        `share` and `silent`, [size of `over`, new].
+      share: float [new], the factor on the consumers' weights of the source entry. To preserve the
+        function, the shares of all copies of one source must sum to 1.
+      spread: half-width of the uniform random part of a share, drawn per weight of a consumer; the
+        first copy gets the remainder to 1. 0: shares exactly as in `share`.
       noise: standard deviation of the noise on matrices that produce a copy, in standard deviations
         of their entries; the first copy gets none.
-      silent: bool [new], entries that add nothing to the residual stream: what adds to it and is
-        stacked on the axis is zero there.
-      scale: by how much the model multiplies what passes through the axis after the change, over
-        before; 1 but where it divides by the axis's size, as an adapter does with alpha / rank. The
-        function stays as it is where shares make up for it.
+      silent: bool [new], entries that add nothing to the residual stream: parameters with `+>` that
+        are stacked on the axis are zero there. Empty: none.
+      scale: ratio, after over before, of the factor by which the model multiplies activations along
+        the axis; 1 unless it depends on the axis's size, as an adapter's alpha / rank does. The
+        function is preserved if the shares compensate for it.
+      over: the stacked axis with one row of the map per entry, for example if layer 0 drops other
+        heads than layer 1. Rows are counted before the call; if that axis changes in the same call,
+        each row moves with its entry. "": the same map everywhere.
+
+    Raises:
+      InputError: arrays whose shapes do not match, a source out of range, or random shares or noise
+        with `over`.
     """
 
     axis: str
@@ -47,33 +59,77 @@ class AxisMap:
     noise: float = 0.0
     silent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
     scale: float = 1.0
+    over: str = ""
 
     def __post_init__(self) -> None:
+        for name, dtype in (("source", int), ("share", float), ("silent", bool)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
         if not self.silent.size:
-            object.__setattr__(self, "silent", np.zeros(self.new, bool))
-        assert self.source.shape == self.share.shape == self.silent.shape
-        assert ((self.source >= FRESH) & (self.source < self.old)).all(), self.source
+            object.__setattr__(self, "silent", np.zeros(self.source.shape, bool))
+        shapes = [self.source.shape, self.share.shape, self.silent.shape]
+        if len(set(shapes)) > 1 or self.source.ndim != (2 if self.over else 1):
+            wanted = f"[size of {self.over}, new]" if self.over else "[new]"
+            raise InputError(
+                self.axis, "source, share and silent", shapes, f"one shape, {wanted}, for all three"
+            )
+        if ((self.source < FRESH) | (self.source >= self.old)).any():
+            raise InputError(
+                self.axis,
+                "source",
+                self.source.tolist(),
+                f"each from 0 to {self.old - 1}, or FRESH",
+            )
+        for name in ("spread", "noise"):
+            if self.over and getattr(self, name):
+                wanted = f"0, because every entry of {self.over!r} has its own source"
+                raise InputError(self.axis, name, getattr(self, name), wanted)
 
     @property
     def new(self) -> int:
         """Return the size after."""
-        return len(self.source)
+        return self.source.shape[-1]
 
     @property
     def is_fresh(self) -> np.ndarray:
-        """Return which entries come from nowhere, bool [new]."""
+        """Return which entries are fresh, bool, shaped like `source`."""
         return self.source == FRESH
 
     @property
     def is_copy(self) -> np.ndarray:
-        """Return which entries have a source that an entry before them has too, bool [new]."""
-        first = np.zeros(self.new, bool)
-        first[np.unique(self.source, return_index=True)[1]] = True
-        return ~first & ~self.is_fresh
+        """Return which entries repeat the source of an earlier one in their row, shaped likewise."""
+        repeated = np.ones(self.source.shape, bool)
+        for row, source in zip(np.atleast_2d(repeated), np.atleast_2d(self.source), strict=True):
+            row[np.unique(source, return_index=True)[1]] = False
+        return repeated & ~self.is_fresh
+
+    def rows_after(self, stacked: AxisMap) -> AxisMap:
+        """Return the map with its rows rearranged for a change of the axis `over`.
+
+        A fresh entry of `over` copies nothing along this axis, so its row does not matter.
+
+        Args:
+          stacked: how `over` changes.
+
+        Raises:
+          InputError: `stacked` has rows of its own.
+        """
+        if stacked.over:
+            expected = f"no rows, because {self.axis!r} has a row for each of its entries"
+            raise InputError(stacked.axis, "over", stacked.over, expected)
+        plain = AxisMap(
+            self.axis, self.old, np.arange(self.new) % max(1, self.old), np.ones(self.new)
+        )
+        nowhere = [len(self.source)] * stacked.new  # the row after the last one
+        rows = np.where(stacked.is_fresh, nowhere, stacked.source)
+        tables = {
+            name: np.concatenate([getattr(self, name), getattr(plain, name)[None]])[rows]
+            for name in ("source", "share", "silent")
+        }
+        return dataclasses.replace(self, **tables)
 
 
 def duplicate(axis: str, old: int, new: int, *, spread: float = 0.0, noise: float = 0.0) -> AxisMap:
-    """Return the map that fills an axis up with copies: 0 … old-1, then 0, 1, … again.
+    """Return the map that fills an axis with copies: 0 … old-1, then 0, 1, … again.
 
     The copies of a unit share its consumers' weights evenly, or randomly around that with `spread`.
 
@@ -97,7 +153,7 @@ def pad(axis: str, old: int, new: int, *, scale: float = 1.0) -> AxisMap:
       axis: its name.
       old: its size before.
       new: its size after.
-      scale: see `AxisMap`; consumers make up for it.
+      scale: see `AxisMap`; consumers compensate for it.
     """
     _check_growth(axis, old, new, least=0)
     source = np.concatenate([np.arange(old), np.full(new - old, FRESH)])
@@ -105,7 +161,7 @@ def pad(axis: str, old: int, new: int, *, scale: float = 1.0) -> AxisMap:
 
 
 def renew(axis: str, size: int) -> AxisMap:
-    """Return the map that puts fresh units in the place of all; nothing passes through them yet."""
+    """Return the map that replaces all units with fresh ones, whose consumers are zero."""
     return AxisMap(axis, size, np.full(size, FRESH), np.ones(size))
 
 
@@ -113,11 +169,37 @@ def cut(axis: str, old: int, new: int) -> AxisMap:
     """Return the map that keeps the first `new` entries, or all, and drops the others.
 
     Raises:
-      InputError: more entries than there are.
+      InputError: `new` is larger than `old`.
     """
     if new > old:
         raise InputError(axis, "new size", new, f"at most its size now, {old}")
     return AxisMap(axis, old, np.arange(new), np.ones(new))
+
+
+def kept(axis: str, old: int, entries: Entries, over: str) -> AxisMap:
+    """Return the map that keeps some entries, in the given order, and drops the others.
+
+    Args:
+      axis: its name.
+      old: its size before.
+      entries: indices to keep; with `over`, a list of them per entry of that axis.
+      over: see `AxisMap`.
+
+    Raises:
+      InputError: an entry out of range or named twice, or lists of different lengths.
+    """
+    rows: list[Any] = [np.asarray(row).tolist() for row in entries]  # of lists or of NumPy's
+    if any(isinstance(row, list) != bool(over) for row in rows):
+        wanted = f"a list for each entry of {over!r}" if over else "a flat list, or `over`"
+        raise InputError(axis, "entries", rows, wanted)
+    rows = rows if over else [rows]
+    if len({len(row) for row in rows}) > 1:
+        raise InputError(axis, "entries", rows, f"as many for each entry of {over!r}")
+    for row in rows:
+        if len(set(row)) < len(row) or not set(row) <= set(range(old)):
+            raise InputError(axis, "entries", row, f"numbers from 0 to {old - 1}, each once")
+    source = np.asarray(rows if over else rows[0], int)
+    return AxisMap(axis, old, source, np.ones(source.shape), over=over)
 
 
 def repeat(
@@ -133,25 +215,36 @@ def repeat(
 
     Args:
       axis: its name.
-      old: its size before; from 0 all entries are fresh.
+      old: its size before; if 0, all entries are fresh.
       new: its size after.
       order: `stack` 0 1 0 1, `interleave` 0 0 1 1, or `middle`, which repeats the middle half,
         0 1 2 1 2 3.
-      fresh: fresh entries where the copies would go.
+      fresh: add fresh entries instead of copies.
       silent: the new entries add nothing to the residual stream.
 
     Raises:
       InputError: an unknown order, or no growth.
     """
     _check_growth(axis, old, new, least=0)
-    if order not in ORDERS:
-        expected = f"one of {', '.join(ORDERS)}{nearest(order, ORDERS)}"
-        raise InputError("order", "", order, expected)
+    check_order(order)
     source = _repeated(old, new, order) if old else np.full(new, FRESH)
     is_new = AxisMap(axis, old, source, np.ones(new)).is_copy if old else np.ones(new, bool)
     if fresh:
         source = np.where(is_new, FRESH, source)
-    return AxisMap(axis, old, source, np.ones(new), silent=is_new if silent else is_new & False)
+    return AxisMap(
+        axis, old, source, np.ones(new), silent=is_new if silent else np.zeros(new, bool)
+    )
+
+
+def check_order(order: str) -> None:
+    """Check that `order` is one of ORDERS.
+
+    Raises:
+      InputError: it is not.
+    """
+    if order not in ORDERS:
+        expected = f"one of {', '.join(ORDERS)}{nearest(order, ORDERS)}"
+        raise InputError("order", "", order, expected)
 
 
 def _repeated(old: int, new: int, order: str) -> np.ndarray:

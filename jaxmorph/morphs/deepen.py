@@ -1,67 +1,53 @@
-"""Deeper: layers repeated, or fresh ones, which may begin as the identity."""
+"""Deeper models: repeat layers or add fresh ones, optionally as the identity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import optax
-
-from jaxmorph.morphs.axis_map import repeat
-from jaxmorph.morphs.moments import Kind
-from jaxmorph.morphs.transport import Report, Signatures, axis_size, transport
+from jaxmorph.morphs.axis_map import check_order, repeat
+from jaxmorph.morphs.change import Change, FreshStart
 
 
 def deepen(
-    signatures: Signatures,
-    params: Any,
-    opt_state: optax.OptState,
-    optimizer: optax.GradientTransformation,
     *,
     to: int,
     axis: str = "layer",
-    key: jax.Array | None = None,
     order: str = "stack",
     identity: bool = False,
     fresh: Any = None,
     moments: str = "provenance",
     fresh_nu: float = 1.0,
-    fields: Mapping[str, Kind] | None = None,
-) -> tuple[Any, optax.OptState, Report]:
-    """Return parameters, optimizer state and a report with more layers of any model that stacks them.
+) -> Change:
+    """Return the change that repeats or adds layers of a model that stacks them.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from jaxmorph import morphs
+    >>> deep, _, _ = morphs.apply(
+    ...     [morphs.deepen(to=4, order="interleave", identity=True)],
+    ...     {"up": "layer | -> hidden", "down": "layer | +> width"},
+    ...     {"up": jnp.asarray([[1.0], [2.0]]), "down": jnp.asarray([[3.0], [4.0]])},
+    ...     optax.EmptyState(), optax.identity(),
+    ... )
+    >>> deep["up"].ravel().tolist(), deep["down"].ravel().tolist()
+    ([1.0, 1.0, 2.0, 2.0], [3.0, 0.0, 4.0, 0.0])
 
     Args:
-      signatures: signature of every parameter, by path.
-      params: nested dicts of arrays; a layer's parameters are stacked on `axis`.
-      opt_state: the optimizer's state.
-      optimizer: what made it.
       to: the number of layers after.
       axis: the stacked axis.
-      key: PRNG key; only for what is drawn.
-      order: see `axis_map.repeat`.
-      identity: the new layers' parameters with `+>` are zero, so that they add nothing. Exact for
+      order: `stack` 0 1 0 1, `interleave` 0 0 1 1, or `middle`, which repeats the middle half,
+        0 1 2 1 2 3.
+      identity: zero the new layers' parameters with `+>`, so that they add nothing. Exact for
         residual networks.
-      fresh: parameters of the new shapes: the new layers come from there instead of being copies.
-      moments: see `transport`.
-      fresh_nu: see `transport`.
-      fields: see `transport`.
+      fresh: parameters of the new shapes; new layers are taken from there instead of copied.
+      moments: of copies, "provenance", "fresh" or "restart"; see `FreshStart`.
+      fresh_nu: second moments of fresh entries, as a multiple of their leaf's mean; see `FreshStart`.
 
     Raises:
-      InputError: no such axis, no growth, or an optimizer whose state cannot be moved.
-      SignatureError: signatures that do not match the parameters.
+      InputError: an unknown order or `moments`; when applied, no growth.
     """
-    old = axis_size(signatures, params, axis)
-    change = repeat(axis, old, to, order=order, fresh=fresh is not None, silent=identity)
-    return transport(
-        signatures,
-        [change],
-        params,
-        opt_state,
-        optimizer,
-        fresh=fresh,
-        key=key,
-        moments=moments,
-        fresh_nu=fresh_nu,
-        fields=fields,
+    check_order(order)
+    return Change(
+        axis,
+        lambda old: repeat(axis, old, to, order=order, fresh=fresh is not None, silent=identity),
+        FreshStart(fresh, moments, fresh_nu),
     )

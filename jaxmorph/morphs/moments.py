@@ -1,9 +1,9 @@
-"""What the leaves of an optimizer's state hold, and so how each moves when an axis changes.
+"""What each leaf of an optimizer's state holds, and so how it changes when an axis does.
 
-If a change of shape leaves the function as it is and turns an entry's gradient g into c·g, then what
-is linear in gradients becomes c times itself and what is quadratic c² (after Shen et al. 2022,
-arXiv 2203.06211, who grow moments along with weights). A field is named by the last attribute of a
-leaf's path (mu, nu, trace, ...); the dict keys after it name the parameter that the leaf mirrors.
+If a change of shape preserves the function and scales an entry's gradient g to c·g, statistics linear
+in gradients are scaled by c and quadratic ones by c² (after Shen et al. 2022, arXiv 2203.06211, who
+grow moments along with weights). A field is the last attribute on a leaf's path (mu, nu, trace, ...);
+the dict keys after it name the parameter that the leaf mirrors.
 """
 
 from __future__ import annotations
@@ -16,47 +16,49 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import SequenceKey
 
-from jaxmorph.cli.errors import InputError
-from jaxmorph.model.tree_paths import parameter_path
+from jaxmorph.cli.errors import InputError, nearest
+from jaxmorph.model.named_axes import NamedAxes
+from jaxmorph.model.tree_paths import field_name, parameter_path
 
-KEEP = "keep"  # stays as it is, whatever changes shape
-PARAMETER = "parameter"  # holds weights, and moves as they do
-Kind = int | str  # the power of the gradient that a field holds, KEEP or PARAMETER
+KEEP = "keep"  # unchanged by any change of shape
+PARAMETER = "parameter"  # holds weights, and changes as they do
+# The power of the gradient a field holds, KEEP or PARAMETER; or axes, if it mirrors no parameter.
+Kind = int | str | NamedAxes
 
 FIELDS: dict[str, Kind] = {
     # Linear in gradients: Adam, lion and muon; sgd; MultiSteps; AdEMAMix.
     **dict.fromkeys(("mu", "trace", "ema", "acc_grads", "m1", "m2"), 1),
     # Quadratic: Adam and rmsprop, amsgrad, adagrad, adadelta, adafactor.
     **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "e_g", "v", "v_row", "v_col"), 2),
-    # Updates, which the scale of a gradient does not reach: adadelta.
+    # Updates, which do not depend on the gradient's scale: adadelta.
     "e_x": 0,
     # Weights: schedule-free.
     "z": PARAMETER,
-    # Of no one parameter: inject_hyperparams, muon, added noise, reduce_on_plateau, schedule-free.
+    # Not per parameter: inject_hyperparams, muon, added noise, reduce_on_plateau, schedule-free.
     **dict.fromkeys(("hyperparams", "ns_coeffs", "rng_key"), KEEP),
     **dict.fromkeys(("scale", "best_value", "avg_value", "b1", "weight_sum", "max_lr"), KEEP),
 }
 REFUSED = {
-    "ScaleByNovogradState": "novograd keeps one second moment for a whole leaf, which no part of a "
-    "leaf can be taken from",
-    "ScaleBySM3State": "sm3 keeps bounds on second moments, one for each index of a leaf, which do "
-    "not say what an entry's own is",
+    "ScaleByNovogradState": "novograd keeps one second moment per leaf, which cannot be split by "
+    "entry",
+    "ScaleBySM3State": "sm3 keeps bounds on second moments, one per index of a leaf, which do not "
+    "determine each entry's own",
 }
 _MOMENTUM = frozenset({"trace", "ema"})
-# What marks a transform that divides the gradient's scale out, so that momentum after it holds updates.
+# Fields of transforms that divide out the gradient's scale, so momentum after them holds updates.
 _NORMALISING = frozenset({"nu", "sum_of_squares", "v_row", "e_g", "ns_coeffs"})
 Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a leaf of an optimizer's state stands.
+    """The location of a leaf in an optimizer's state.
 
     Args:
       path: its keys, as JAX gives them.
       field: the last attribute on the path, "" without one.
       parameter: path of the parameter it mirrors, "" for none.
-      kind: how it moves.
+      kind: how it changes.
     """
 
     path: Path
@@ -74,25 +76,29 @@ class Place:
 
 
 def places(state: Any, parameters: Collection[str], fields: Mapping[str, Kind]) -> list[Place]:
-    """Return the place of every leaf of an optimizer's state, in the tree's order.
+    """Return the place of every leaf of an optimizer's state, in tree order.
 
     Args:
-      state: the state, of arrays or of shapes.
+      state: the state, with arrays or shapes as leaves.
       parameters: paths of the parameters.
-      fields: how further fields move, or known ones in another way.
+      fields: how other fields change; also overrides known ones.
 
     Raises:
-      InputError: an optimizer that is refused, or a leaf that nothing says how to move.
+      InputError: an unsupported optimizer, a leaf that no rule covers, or a name in `fields` that no
+        leaf has.
     """
     _refuse(state)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    normalising = [path for path, _ in leaves if _field(path) in _NORMALISING]
+    _check_fields(fields, {field_name(path) for path, _ in leaves})
+    normalising = [path for path, _ in leaves if field_name(path) in _NORMALISING]
     table, found = FIELDS | dict(fields), []
     for path, leaf in leaves:
-        field, mirrored = _field(path), parameter_path(path)
+        field, mirrored = field_name(path), parameter_path(path)
         parameter = mirrored if mirrored in parameters else ""
         kind = table.get(field)
-        if not parameter:
+        if isinstance(kind, NamedAxes):
+            parameter = ""
+        elif not parameter:
             kind = KEEP if kind == KEEP or _is_counter(leaf) else None
         elif field in _MOMENTUM and field not in fields and _comes_after(path, normalising):
             kind = 0
@@ -100,6 +106,13 @@ def places(state: Any, parameters: Collection[str], fields: Mapping[str, Kind]) 
             raise _unaccounted(path, field, parameter)
         found.append(Place(path, field, parameter, kind))
     return found
+
+
+def _check_fields(fields: Collection[str], known: Collection[str]) -> None:
+    for name in sorted(set(fields) - set(known)):
+        has = ", ".join(sorted(filter(None, known))) or "none"
+        expected = f"a field of the optimizer's state: {has}{nearest(name, known)}"
+        raise InputError("fields", "", name, expected)
 
 
 def _refuse(state: Any) -> None:
@@ -116,24 +129,19 @@ def _unaccounted(path: Path, field: str, parameter: str) -> InputError:
         "",
         None,
         f"a rule for its field {field!r}{mirrors} when axes change: pass fields={{{field!r}: the "
-        f"power of the gradient that it holds, {PARAMETER!r} or {KEEP!r}}}",
+        f"power of the gradient that it holds, {PARAMETER!r} or {KEEP!r}}}, or NamedAxes if it "
+        "mirrors no parameter",
     )
 
 
-def _field(path: Path) -> str:
-    """Return the last attribute on a path."""
-    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    return names[-1] if names else ""
-
-
 def _is_counter(leaf: Any) -> bool:
-    """Say whether a leaf is one whole number or truth value, as what counts steps is."""
+    """Return whether a leaf is an integer or boolean scalar, such as a step count."""
     whole = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.integer, jnp.bool_))
     return leaf.ndim == 0 and whole
 
 
 def _comes_after(path: Path, earlier: Iterable[Path]) -> bool:
-    """Say whether a leaf's transform follows one of the others in a chain."""
+    """Return whether a leaf's transform comes after one of the others in a chain."""
     for other in earlier:
         mine, theirs = next(pair for pair in zip(path, other, strict=False) if pair[0] != pair[1])
         in_chain = isinstance(mine, SequenceKey) and isinstance(theirs, SequenceKey)

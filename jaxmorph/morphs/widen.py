@@ -1,104 +1,69 @@
-"""Wider: units that are copied and share what they give, or begin as nothing."""
+"""Wider models: units are copied and split their contribution, or start at zero."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from typing import Any
-
-import jax
-import optax
 
 from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.morphs.axis_map import AxisMap, duplicate, pad
-from jaxmorph.morphs.moments import Kind
-from jaxmorph.morphs.transport import Report, Signatures, axis_size, transport
+from jaxmorph.morphs.change import Change, FreshStart
 
 RECIPES = ("split", "even", "noise", "fresh")
 
 
-def widening(
-    axis: str, old: int, new: int, recipe: str, *, spread: float = 1.0, noise: float = 0.01
-) -> AxisMap:
-    """Return the map that widens an axis by a recipe.
-
-    Args:
-      axis: its name.
-      old: its size before.
-      new: its size after.
-      recipe: `even`: copies with equal shares; `split`: shares drawn for each weight of a consumer,
-        uniform within `spread` of an even one; `noise`: even, and noise on what produces a copy, which
-        changes the function a little; `fresh`: fresh units whose consumers are zero.
-      spread: half-width of the random shares of `split`.
-      noise: of `noise`, in standard deviations of the copied weights.
-
-    Raises:
-      InputError: an unknown recipe, or no growth.
-    """
-    match recipe:
-        case "fresh":
-            return pad(axis, old, new)
-        case "even":
-            return duplicate(axis, old, new)
-        case "split":
-            return duplicate(axis, old, new, spread=spread)
-        case "noise":
-            return duplicate(axis, old, new, noise=noise)
-    expected = f"one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}"
-    raise InputError("recipe", "", recipe, expected)
-
-
 def widen(
-    signatures: Signatures,
-    params: Any,
-    opt_state: optax.OptState,
-    optimizer: optax.GradientTransformation,
-    *,
     axis: str,
+    *,
     to: int,
-    key: jax.Array | None = None,
     recipe: str = "split",
     spread: float = 1.0,
     noise: float = 0.01,
     fresh: Any = None,
     moments: str = "provenance",
     fresh_nu: float = 1.0,
-    fields: Mapping[str, Kind] | None = None,
-) -> tuple[Any, optax.OptState, Report]:
-    """Return parameters, optimizer state and a report with one axis of any model widened.
+) -> Change:
+    """Return the change that widens an axis.
 
-    Exact where what stands between producers and consumers of the axis works on each entry by itself,
-    as an activation does. A normalisation over the axis needs `recipe="even"` and a whole multiple.
+    Exact if everything between the producers and consumers of the axis is elementwise, such as an
+    activation. A normalisation over the axis needs `recipe="even"` and an integer multiple.
+
+    >>> import jax.numpy as jnp, optax
+    >>> from jaxmorph import morphs
+    >>> params = {"up": jnp.asarray([[1.0, 2.0]]), "down": jnp.asarray([[3.0], [4.0]])}
+    >>> wide, _, _ = morphs.apply(
+    ...     [morphs.widen("hidden", to=3, recipe="even")],
+    ...     {"up": "width -> hidden", "down": "hidden -> width"},
+    ...     params, optax.EmptyState(), optax.identity(),
+    ... )
+    >>> wide["up"].tolist(), wide["down"].tolist()  # unit 0 twice, half of its weight each
+    ([[1.0, 2.0, 1.0]], [[1.5], [4.0], [1.5]])
 
     Args:
-      signatures: signature of every parameter, by path.
-      params: nested dicts of arrays.
-      opt_state: the optimizer's state.
-      optimizer: what made it.
-      axis: the axis to widen.
+      axis: its name in the signatures.
       to: its size after.
-      key: PRNG key; `even` needs none.
-      recipe: see `widening`.
-      spread: see `widening`.
-      noise: see `widening`.
-      fresh: see `transport`; for recipe `fresh`.
-      moments: see `transport`.
-      fresh_nu: see `transport`.
-      fields: see `transport`.
+      recipe: `even`: copies with equal shares; `split`: shares drawn per weight of a consumer, uniform
+        within `spread` of an even one; `noise`: even, with noise on the copies' producers, which
+        changes the function a little; `fresh`: fresh units whose consumers are zero.
+      spread: half-width of the random shares of `split`.
+      noise: of `noise`, in standard deviations of the copied weights.
+      fresh: parameters of the new shapes, for recipe `fresh`; see `FreshStart`.
+      moments: of copies, "provenance", "fresh" or "restart"; see `FreshStart`.
+      fresh_nu: second moments of fresh entries, as a multiple of their leaf's mean; see `FreshStart`.
 
     Raises:
-      InputError: no such axis, no growth, or an optimizer whose state cannot be moved.
-      SignatureError: signatures that do not match the parameters.
+      InputError: an unknown recipe or `moments`; when applied, no growth.
     """
-    old = axis_size(signatures, params, axis)
-    return transport(
-        signatures,
-        [widening(axis, old, to, recipe, spread=spread, noise=noise)],
-        params,
-        opt_state,
-        optimizer,
-        fresh=fresh,
-        key=key,
-        moments=moments,
-        fresh_nu=fresh_nu,
-        fields=fields,
-    )
+    if recipe not in RECIPES:
+        expected = f"one of {', '.join(RECIPES)}{nearest(recipe, RECIPES)}"
+        raise InputError("recipe", "", recipe, expected)
+    start = FreshStart(fresh, moments, fresh_nu)
+    return Change(axis, functools.partial(_widened, axis, to, recipe, spread, noise), start)
+
+
+def _widened(axis: str, to: int, recipe: str, spread: float, noise: float, old: int) -> AxisMap:
+    if recipe == "fresh":
+        return pad(axis, old, to)
+    spread = spread if recipe == "split" else 0.0
+    noise = noise if recipe == "noise" else 0.0
+    return duplicate(axis, old, to, spread=spread, noise=noise)

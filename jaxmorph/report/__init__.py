@@ -1,1 +1,1 @@
-"""A run read back: records, figures, timeline, page."""
+"""Reports on runs: records, figures, timeline, page."""

@@ -1,339 +1,260 @@
-"""The pictures of runs and schedules, drawn on matplotlib's own objects: no pyplot, no state."""
+"""Figures of runs' metrics: curves against steps and running totals."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxmorph.cli.wording import short, short_flops
-from jaxmorph.report.run_record import RunRecord, Series, throughput
+from jaxmorph.cli.wording import short
+from jaxmorph.report.drawing import (
+    COLOURS,
+    FAINT,
+    INK,
+    Position,
+    mark_operations,
+    new_figure,
+    plain,
+    say,
+    smoothed,
+    tick_by,
+)
+from jaxmorph.report.run_record import RunRecord
+from jaxmorph.step.metrics import Metric, Style, by_figure, objective
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#2563eb", "#ea580c", "#059669", "#7c3aed", "#db2777", "#0891b2", "#ca8a04", "#475569",
-    "#dc2626",
-)  # fmt: skip
-INK = "#334155"
-_GRID, _FAINT = "#e2e8f0", "#94a3b8"
-_LABELLED_OPERATIONS = 12  # more labels than this cannot be read side by side
-_NAME_WIDTH, _LONGEST_NAME = 9, 40  # of an operation's name: points, characters
-_FEW_POINTS = 40  # up to this many, a curve is drawn as it is, without smoothing
+_FEW_POINTS = 40  # curves with at most this many points are not smoothed
 
 _HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
-_VALIDATION = {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4.5} | _HOLLOW
-_AFTER = {"linestyle": "", "marker": "D", "markersize": 5.5} | _HOLLOW
-
-Position = Callable[[np.ndarray], np.ndarray]
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return a moving mean of 1-d `values`, taken twice so that one spike leaves a bump, not a box.
-
-    The window is centred. Towards the start, where a loss is steep, it narrows on both sides, so as
-    not to lag; towards the end, where it is flat, on one, so as not to follow noise.
-    """
-    centre = np.arange(len(values))
-    before = np.minimum(centre, max(1, len(values) // 80))
-    after = np.minimum(before, centre[::-1])
-    for _ in range(2):
-        sums = np.concatenate([[0.0], np.cumsum(values)])
-        values = (sums[centre + after + 1] - sums[centre - before]) / (before + after + 1)
-    return values
-
-
-def plain(text: str) -> str:
-    """Return text that matplotlib draws as it is: no formulas, no hidden legend entries."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def new_figure(
-    width: float, height: float, panels: int = 1, stacked: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure, in inches, with `panels` styled axes.
-
-    They stand side by side and share their y, or are stacked and share their x.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    if stacked:
-        grid = figure.subplots(panels, 1, squeeze=False, sharex=True)
-    else:
-        grid = figure.subplots(1, panels, squeeze=False, sharey=panels > 1)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(_FAINT)
-        axes.grid(True, color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=INK, labelsize=9, length=0)
-        axes.tick_params(which="minor", length=0)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
-    return figure, list(grid.flat)
-
-
-def rendered(figure: Figure, kind: str) -> bytes:
-    """Return the figure as the bytes of a file of the given kind ("png", "svg", "pdf")."""
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a name in a script the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def tick_by(axis: Any, tick: Callable[[float], str]) -> None:
-    """Write the numbers along a matplotlib axis as `tick` does."""
-    axis.set_major_formatter(lambda value, _: tick(value))
-
-
-def mark_operations(
-    axes: Axes,
-    run: RunRecord,
-    position: Position | None = None,
-    *,
-    colour: str = _FAINT,
-    interleaved: tuple[int, int] = (0, 1),
-    named: int = _LABELLED_OPERATIONS,
-    above: bool = False,
-) -> None:
-    """Draw a vertical line where operations fired, with their names.
-
-    Args:
-      axes: where; its curves are there already, as names keep clear of one another in its limits.
-      run: whose operations.
-      position: where on the x axis steps lie; None: at themselves.
-      colour: of the lines.
-      interleaved: (i, n): the lines are the i-th of n sets, whose dashes leave room for the others'.
-      named: the names are left out where there are more operations than this.
-      above: write the names above the axes, not in them.
-    """
-    names: dict[int, list[str]] = {}
-    for operation in run.operations:
-        names.setdefault(operation.step, []).append(operation.title)
-    index, sets = interleaved
-    dashes: Any = (6 * index, (4, 6 * sets - 4))
-    steps = np.array(list(names), float)
-    places = [float(at) for at in (steps if position is None else position(steps))]
-    for at in places:
-        axes.axvline(at, color=colour, linewidth=1, linestyle=dashes, zorder=1)
-    if len(run.operations) > named:
-        return
-    titles = [(at, name) for at, step in zip(places, names, strict=True) for name in names[step]]
-    offsets = _beside_one_another(axes, [at for at, _ in titles])
-    for (at, name), offset in zip(titles, offsets, strict=True):
-        axes.annotate(
-            plain(name[:_LONGEST_NAME]),
-            (at, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(offset, 2 if above else -2),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=7,
-            color=INK,
-            ha="left",
-            va="bottom" if above else "top",
-        )
-
-
-def points_along(axes: Axes, x: Sequence[float]) -> np.ndarray:
-    """Return how far right of the axes' left edge `x` lies, in points; the layout moves it a bit."""
-    low, high = axes.get_xlim()
-    figure, spec = axes.get_figure(root=True), axes.get_subplotspec()
-    assert figure is not None
-    assert spec is not None
-    width = 0.92 * 72 * figure.get_size_inches()[0] / spec.get_gridspec().ncols
-    return (np.asarray(x, float) - low) / (high - low) * width
-
-
-def _beside_one_another(axes: Axes, x: Sequence[float]) -> list[float]:
-    """Return how far right of `x`, in points, upright names stand so that none covers another."""
-    offsets, free = [], -np.inf
-    for at in points_along(axes, x):
-        start = max(at + 3, free)
-        offsets.append(float(start - at))
-        free = start + _NAME_WIDTH
-    return offsets
-
-
-def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str]) -> Figure:
-    """Draw loss against steps, tokens and FLOPs: training thin and smoothed, validation marked."""
-    figure, panels = new_figure(12, 4.2, panels=len(_LOSS_AXES))
-    for axes, against in zip(panels, _LOSS_AXES, strict=True):
-        axes.set_xlabel(against.label)
-        tick_by(axes.xaxis, against.tick)
-        shown = [
-            (i, run, against.position_in(run))
-            for i, run in enumerate(runs)
-            if against.total is None or len(run.series[against.total].steps)
-        ]
-        for i, run, position in shown:
-            _draw_loss(axes, run, position, COLOURS[i % len(COLOURS)])
-        for i, run, position in shown:
-            _mark_one_of(len(runs), i, axes, run, position)
-        if not shown:
-            _say(axes, f"{against.label} not logged")
-    panels[0].set_ylabel("loss (nats per token)")
-    limits = _loss_limits(runs)
-    if limits is None:
-        _say(panels[0], "no loss logged yet")
-    else:
-        panels[0].set_ylim(*limits)
-    handles = _loss_legend(runs, labels)
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=_columns([str(handle.get_label()) for handle in handles], figure),
-        frameon=False,
-        labelcolor=INK,
-        fontsize=9,
-    )
-    return figure
+_LINE = {"linewidth": 1.7}
+_STYLES: dict[Style, dict[str, Any]] = {  # how each is drawn, from back to front
+    "line": _LINE,
+    "smooth": _LINE,
+    "marked": {"linestyle": "--", "linewidth": 1, "marker": "o", "markersize": 4.5} | _HOLLOW,
+    "points": {"linestyle": "", "marker": "D", "markersize": 5.5} | _HOLLOW,
+}
 
 
 def run_figures(run: RunRecord) -> dict[str, Figure]:
-    """Return the figures of a run's report, by the names of their files."""
+    """Return the figures of a run's metrics, by file name."""
     return {
-        "loss": loss_figure([run], [run.name]),
-        "learning_rate": _step_figure(
-            run, run.series["train/learning_rate"], "learning rate", lambda y: f"{y:.4g}", False
-        ),
-        "throughput": _step_figure(run, throughput(run)[0], "tokens per second", short, True),
-        "gradient_norm": _step_figure(
-            run, run.series["train/grad_norm"], "gradient norm", lambda y: f"{y:.3g}", True
-        ),
+        name: _step_figure(run, metrics)
+        if objective(metrics) is None
+        else _objective_figure([run], [run.name], metrics)
+        for name, metrics in by_figure(run.metrics).items()
     }
 
 
-class _Against(NamedTuple):
-    """What a loss is drawn against; `total` is the running total it needs, None for steps."""
+def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str]) -> Figure:
+    """Draw the runs' objective, their loss, against steps and running totals: tokens, FLOPs.
 
-    label: str
-    total: str | None
-    tick: Callable[[float], str]
+    Args:
+      runs: read with the same metrics.
+      labels: their names.
+    """
+    judged = objective(runs[0].metrics)
+    assert judged is not None, "no metric says which value is best"
+    return _objective_figure(runs, labels, by_figure(runs[0].metrics)[judged.figure])
 
-    def position_in(self, run: RunRecord) -> Position:
-        """Return where on this axis a run's steps lie."""
-        total = self.total
-        return _same if total is None else lambda steps: run.total_at(total, steps)
+
+def _objective_figure(
+    runs: Sequence[RunRecord], labels: Sequence[str], metrics: Sequence[Metric]
+) -> Figure:
+    """Draw metrics, including the objective; for several runs one curve of each style."""
+    totals = [None, *runs[0].of_kind("total")]
+    figure, panels = new_figure(max(12, 4 * len(totals)), 4.2, panels=len(totals))
+    curves = [(metric, n) for metric, n in _by_style(metrics) if len(runs) == 1 or n == 0]
+    for axes, total in zip(panels, totals, strict=True):
+        _draw_against(axes, total, runs, curves)
+    panels[0].set_ylabel(_axis_label(metrics))
+    _tick_as(panels[0], metrics[0])
+    if not any(len(run.curve(metric).steps) for run in runs for metric in metrics):
+        say(panels[0], f"no {_subject(metrics)} logged yet")
+    elif (limits := _limits(runs, metrics)) is not None:
+        panels[0].set_ylim(*limits)
+    _add_legend(figure, runs, labels, curves)
+    return figure
 
 
-_LOSS_AXES = (
-    _Against("step", None, short),
-    _Against("tokens", "tokens", short),
-    _Against("training FLOPs", "flops", short_flops),
-)
+def _draw_against(
+    axes: Axes,
+    total: Metric | None,
+    runs: Sequence[RunRecord],
+    curves: Sequence[tuple[Metric, int]],
+) -> None:
+    """Draw curves against a running total, for runs that have it; None: all, against steps."""
+    label = "step" if total is None else total.label
+    axes.set_xlabel(label)
+    tick_by(axes.xaxis, short if total is None else total.written)
+    shown = [
+        (i, run, _same if total is None else functools.partial(run.total_at, total.name))
+        for i, run in enumerate(runs)
+        if total is None or len(run.series[total.name].steps)
+    ]
+    for i, run, position in shown:
+        for metric, n in curves:
+            steps, values = run.curve(metric)
+            _draw_curve(axes, position(steps), values, _colour(i + n), metric.style)
+    for i, run, position in shown:
+        _mark_one_of(len(runs), i, axes, run, position)
+    if not shown:
+        say(axes, f"{label} not logged")
+
+
+def _step_figure(run: RunRecord, metrics: Sequence[Metric]) -> Figure:
+    """Draw metrics of one run against steps."""
+    figure, (axes,) = new_figure(6.4, 3.4)
+    axes.set_xlabel("step")
+    axes.set_ylabel(_axis_label(metrics))
+    tick_by(axes.xaxis, short)
+    curves = _by_style(metrics)
+    values = np.concatenate([run.curve(metric).values for metric in metrics])
+    if not len(values):
+        say(axes, f"{_subject(metrics)} not logged")
+        return figure
+    for metric, n in curves:
+        _draw_curve(axes, *run.curve(metric), _colour(n), metric.style)
+    if values.min() > 0 and values.max() > 30 * np.median(values):
+        axes.set_yscale("log")
+    elif values.min() >= 0:
+        headroom = 1.4 if run.operations else 1.08  # for the operations' names
+        axes.set_ylim(0, headroom * values.max() or 1)
+    _tick_as(axes, metrics[0])
+    mark_operations(axes, run)
+    if len(metrics) > 1:
+        _add_legend(figure, [run], [run.name], curves)
+    return figure
 
 
 def _same(steps: np.ndarray) -> np.ndarray:
     return steps
 
 
-def _draw_loss(axes: Axes, run: RunRecord, position: Position, colour: str) -> None:
-    steps, values = run.series["train/loss"]
-    _draw_curve(axes, position(steps), values, colour, smooth=True)
-    steps, values = run.series["val/loss"]
-    axes.plot(
-        position(steps),
-        values,
-        color=colour,
-        markevery=max(1, len(steps) // 25),
-        zorder=4,
-        **_VALIDATION,
-    )
-    steps, values = run.series["val/loss_after"]
-    if len(steps):
-        axes.plot(position(steps), values, color=colour, zorder=5, **_AFTER)
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _by_style(metrics: Sequence[Metric]) -> list[tuple[Metric, int]]:
+    """Return metrics in drawing order, each with the number of earlier ones of the same style."""
+    order = list(_STYLES)
+    drawn = sorted(metrics, key=lambda metric: order.index(metric.style))
+    looks = [_STYLES[metric.style] for metric in drawn]
+    return [(metric, looks[:i].count(looks[i])) for i, metric in enumerate(drawn)]
+
+
+def _subject(metrics: Sequence[Metric]) -> str:
+    """Return the subject of a figure: its only metric's label, or the figure's own name."""
+    return metrics[0].curve_label if len(metrics) == 1 else figure_title(metrics[0].figure).lower()
+
+
+def figure_title(name: str) -> str:
+    """Return a figure's file name in words: "gradient_norm" as "Gradient norm"."""
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _axis_label(metrics: Sequence[Metric]) -> str:
+    (unit, *others) = {metric.unit for metric in metrics}
+    return f"{_subject(metrics)} ({unit})" if unit and not others else _subject(metrics)
+
+
+def _tick_as(axes: Axes, metric: Metric) -> None:
+    """Format the y axis like the metric, but leave the number of decimals to matplotlib."""
+    if not (isinstance(metric.form, str) and metric.form.endswith(("e", "f"))):
+        tick_by(axes.yaxis, metric.written)
 
 
 def _mark_one_of(n: int, index: int, axes: Axes, run: RunRecord, position: Position) -> None:
-    """Mark the operations of one of `n` runs: named where it is the only one, else in its colour."""
+    """Mark the operations of one of `n` runs: with names if it is the only one, else in its colour."""
     if n == 1:
         return mark_operations(axes, run, position)
-    colour, sets = COLOURS[index % len(COLOURS)], min(n, 4)
-    mark_operations(axes, run, position, colour=colour, interleaved=(index % sets, sets), named=0)
+    sets = min(n, 4)
+    interleaved = (index % sets, sets)
+    mark_operations(axes, run, position, colour=_colour(index), interleaved=interleaved, named=0)
 
 
-def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, smooth: bool) -> None:
-    smooth = smooth and len(y) > _FEW_POINTS
-    if smooth:
-        axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-    marker = "o" if len(y) == 1 else ""
-    axes.plot(x, smoothed(y) if smooth else y, color=colour, linewidth=1.7, marker=marker)
+def _draw_curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, style: Style) -> None:
+    look = _STYLES[style]
+    if not len(y):
+        return
+    if style == "points":
+        axes.plot(x, y, color=colour, zorder=5, **look)
+    elif style == "marked":
+        axes.plot(x, y, color=colour, zorder=4, markevery=max(1, len(y) // 25), **look)
+    else:
+        smooth = style == "smooth" and len(y) > _FEW_POINTS
+        if smooth:
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+        marker = "o" if len(y) == 1 else ""
+        axes.plot(x, smoothed(y) if smooth else y, color=colour, marker=marker, **look)
 
 
-def _step_figure(
-    run: RunRecord, series: Series, label: str, tick: Callable[[float], str], smooth: bool
-) -> Figure:
-    figure, (axes,) = new_figure(6.4, 3.4)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    tick_by(axes.xaxis, short)
-    values = series.values
-    if not len(values):
-        _say(axes, f"{label} not logged")
-        return figure
-    _draw_curve(axes, series.steps, values, COLOURS[0], smooth)
-    if values.min() > 0 and values.max() > 30 * np.median(values):
-        axes.set_yscale("log")
-    elif values.min() >= 0:
-        headroom = 1.4 if run.operations else 1.08  # for the operations' names
-        axes.set_ylim(0, headroom * values.max() or 1)
-    tick_by(axes.yaxis, tick)
-    mark_operations(axes, run)
-    return figure
+def _limits(runs: Sequence[RunRecord], metrics: Sequence[Metric]) -> tuple[float, float] | None:
+    """Return the y range of falling metrics: at most half above the first value, clipping spikes.
 
-
-def _loss_limits(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
-    """Return the range of losses to show: no more than half above the first, spikes go off it."""
-    series = [run.series[key] for run in runs for key in ("train/loss", "val/loss")]
-    present = [one.values for one in series if len(one.values)]
-    if not present:
+    None: the full range.
+    """
+    lines = [
+        run.curve(metric).values for run in runs for metric in metrics if metric.style != "points"
+    ]
+    present = [values for values in lines if len(values)]
+    if not present or any(metric.best == "highest" for metric in metrics):
         return None
     low = min(float(values.min()) for values in present)
     tops = [1.5 * float(abs(values[0])) for values in present]
     high = max(min(float(v.max()), top) for v, top in zip(present, tops, strict=True))
     for run in runs:
-        if len(after := run.series["val/loss_after"].values):
-            low = min(low, float(after.min()))
-            high = max(high, min(float(after.max()), max(tops)))
+        for metric in metrics:
+            if metric.style == "points" and len(points := run.curve(metric).values):
+                low = min(low, float(points.min()))
+                high = max(high, min(float(points.max()), max(tops)))
     margin = 0.05 * (high - low) or 0.5
     return low - margin, high + margin
 
 
-def _loss_legend(runs: Sequence[RunRecord], labels: Sequence[str]) -> list[Any]:
+def _add_legend(
+    figure: Figure,
+    runs: Sequence[RunRecord],
+    labels: Sequence[str],
+    curves: Sequence[tuple[Metric, int]],
+) -> None:
+    """Add a legend above the figure: the runs if there are several, and the metrics."""
     from matplotlib.lines import Line2D
 
-    ink = COLOURS[0] if len(labels) == 1 else INK
+    one = len(runs) == 1
     entries = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=4, label=plain(label))
-        for i, label in enumerate(labels if len(labels) > 1 else [])
+        Line2D([], [], color=_colour(i), linewidth=4, label=plain(label))
+        for i, label in enumerate([] if one else labels)
     ]
-    entries.append(Line2D([], [], color=ink, linewidth=1.7, label="training"))
-    entries.append(Line2D([], [], color=ink, label="validation", **_VALIDATION))
-    if any(len(run.series["val/loss_after"].steps) for run in runs):
-        label = "validation right after an operation"
-        entries.append(Line2D([], [], color=ink, label=label, **_AFTER))
+    units = {metric.unit for metric, _ in curves}
+    for metric, n in curves:
+        if metric.style == "points" and not any(len(run.curve(metric).steps) for run in runs):
+            continue
+        label = metric.brief or metric.curve_label
+        if metric.unit and len(units) > 1:
+            label += f" ({metric.unit})"
+        colour = _colour(n) if one else INK
+        entries.append(Line2D([], [], color=colour, label=plain(label), **_STYLES[metric.style]))
     if any(run.operations for run in runs):
-        faint = _FAINT if len(labels) == 1 else INK
         upright: dict[str, Any] = {"linestyle": "", "marker": "|", "markersize": 11}
-        entries.append(Line2D([], [], color=faint, label="operation", **upright))
-    return entries
+        entries.append(Line2D([], [], color=FAINT if one else INK, label="operation", **upright))
+    figure.legend(
+        handles=entries,
+        loc="outside upper left",
+        ncols=_columns([str(entry.get_label()) for entry in entries], figure),
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+    )
 
 
 def _columns(labels: Sequence[str], figure: Figure) -> int:
-    """Return how many columns a legend fits into: one for each label, or all as wide as the widest."""
+    """Return the columns of a legend: one per label if they fit, else as many of the widest as fit."""
     widths = [45 + 5.2 * len(label) for label in labels]  # points, at 9 points a letter
     room = 72 * figure.get_size_inches()[0]
     return len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
-
-
-def _say(axes: Axes, text: str) -> None:
-    style: dict[str, Any] = {"ha": "center", "va": "center", "color": _FAINT, "fontsize": 10}
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, **style)

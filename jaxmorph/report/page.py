@@ -1,28 +1,22 @@
-"""One self-contained page about a run: what it reached, how it went, what it was told to do."""
+"""One self-contained page about a run: its results, its course and its settings."""
 
 from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.cli.wording import duration, short, short_flops
-from jaxmorph.report.figures import rendered, run_figures
+from jaxmorph.report.drawing import rendered
+from jaxmorph.report.figures import figure_title, run_figures
 from jaxmorph.report.run_record import FiredOperation, RunRecord, read_run, throughput
 from jaxmorph.report.timeline import architecture_figure
+from jaxmorph.step.metrics import Metric, by_figure, objective
+from jaxmorph.system.files import replace_file
 
-_TITLES = {
-    "loss": "Loss",
-    "architecture": "Architecture",
-    "learning_rate": "Learning rate",
-    "throughput": "Throughput",
-    "gradient_norm": "Gradient norm",
-}
-_WIDE = ("loss", "architecture")
+_TIMELINE = "architecture"
 _STYLE = """
 :root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b;
   --line: #e2e8f0; }
@@ -59,42 +53,45 @@ th { color: var(--soft); font-weight: 500; }
 """
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html, which needs no other file, and its figures as PNG beside it.
+def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path:
+    """Write RUN_DIR/report.html, which is self-contained, and its figures as PNG next to it.
+
+    Args:
+      run_dir: the run folder.
+      metrics: see `read_run`.
 
     Raises:
       InputError: not a run folder, a malformed file in it, or a folder that cannot be written.
     """
-    run = read_run(Path(run_dir))
+    run = read_run(Path(run_dir), metrics)
     figures = run_figures(run)
     if (timeline := architecture_figure(run)) is not None:
-        figures["architecture"] = timeline
+        figures[_TIMELINE] = timeline
     images = {name: rendered(figure, "png") for name, figure in figures.items()}
     for name, image in images.items():
-        replace_file(run.folder / f"{name}.png", image)
+        write_file(run.folder / f"{name}.png", image)
     page = run.folder / "report.html"
-    replace_file(page, _page(run, images).encode())
+    write_file(page, _page(run, images).encode())
     return page
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds either the old content or all of the new.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that readers see either the old content or all of the new.
 
     Raises:
-      InputError: the folder is not there or cannot be written.
+      InputError: the folder does not exist or cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        replace_file(path, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InputError(str(path), "", None, f"a writable file ({error.strerror})") from None
 
 
 def _page(run: RunRecord, images: dict[str, bytes]) -> str:
-    name, wide = html.escape(run.name), [n for n in _WIDE if n in images]
-    small = [n for n in images if n not in wide]
+    name = html.escape(run.name)
+    judged = [figure for figure, drawn in by_figure(run.metrics).items() if objective(drawn)]
+    wide = [figure for figure in (*judged, _TIMELINE) if figure in images]
+    small = [figure for figure in images if figure not in wide]
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -104,7 +101,7 @@ def _page(run: RunRecord, images: dict[str, bytes]) -> str:
         _facts(run),
         *(_figure(n, images[n]) for n in wide),
         f'<div class="pair">{"".join(_figure(n, images[n]) for n in small)}</div>',
-        _operations(run.operations),
+        _operations(run),
         _settings(run.settings),
         "</main>\n</body>\n</html>\n",
     ]
@@ -121,44 +118,53 @@ def _facts(run: RunRecord) -> str:
 
 
 def summary(run: RunRecord) -> Iterable[tuple[str, str, str]]:
-    """Yield what a run reached, as (name, value, note), leaving out what it did not log."""
+    """Yield a run's results as (name, value, note), without metrics it did not log."""
     yield "Steps", f"{run.last_step:,}", ""
-    for name, key, write in (
-        ("Tokens", "tokens", short),
-        ("Training FLOPs", "flops", short_flops),
-        ("Parameters", "params", short),
-    ):
-        values = run.series[key].values
-        if len(values):
-            changed = key == "params" and values[0] != values[-1]
-            yield name, write(values[-1]), f"from {write(values[0])}" if changed else ""
-    rates, seconds = throughput(run)
-    if seconds:
-        yield "Time in steps", duration(seconds), ""
-    if len(rates.values):
-        yield "Tokens per second", short(sorted(rates.values)[len(rates.values) // 2]), "median"
-    steps, losses = run.series["val/loss"]
-    if len(losses):
-        best = int(losses.argmin())
-        yield "Validation loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f} at step {steps[0]:,}"
-        yield "Best validation loss", f"{losses[best]:.4f}", f"at step {steps[best]:,}"
-    if len(accuracies := run.series["val/accuracy"].values):
-        yield "Validation accuracy", f"{accuracies[-1]:.1%}", f"from {accuracies[0]:.1%}"
-    if len(losses := run.series["train/loss"].values):
-        yield "Training loss", f"{losses[-1]:.4f}", f"from {losses[0]:.4f}"
-    if lost := sum(run.lost[key] for key in ("train/loss", "val/loss", "val/loss_after")):
+    for metric in run.metrics:
+        if metric.tile:
+            yield from _times(run, metric) if metric.kind == "time" else _reached(run, metric)
+    judged = objective(run.metrics)
+    drawn = [] if judged is None else by_figure(run.metrics)[judged.figure]
+    if lost := sum(run.lost[metric.name] for metric in drawn):
         yield "Non-finite losses", f"{lost:,}", "left out of the figures"
 
 
+def _reached(run: RunRecord, metric: Metric) -> Iterable[tuple[str, str, str]]:
+    """Yield a metric's last value, with its first, and its best."""
+    steps, values = run.series[metric.name]
+    if not len(values):
+        return
+    first, last, name = metric.written(values[0]), metric.written(values[-1]), metric.label
+    began = f"from {first} at step {steps[0]:,}" if metric.best else f"from {first}"
+    yield _title(name), last, "" if metric.kind == "total" or first == last else began
+    if metric.best and (best := run.best(metric)):
+        yield f"Best {name}", metric.written(best[1]), f"at step {best[0]:,}"
+
+
+def _times(run: RunRecord, metric: Metric) -> Iterable[tuple[str, str, str]]:
+    """Yield the time of the steps, and the rates that are drawn."""
+    if seconds := throughput(run)[1]:
+        yield _title(metric.label), metric.written(seconds), ""
+    for total in run.of_kind("total"):
+        rates = sorted(throughput(run, total)[0].values)
+        if rates and total.figure and total.tile:
+            yield _title(total.curve_label), total.written(rates[len(rates) // 2]), "median"
+
+
+def _title(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
 def _figure(name: str, image: bytes) -> str:
-    title, source = _TITLES[name], f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    title, source = figure_title(name), f"data:image/png;base64,{base64.b64encode(image).decode()}"
     return f'<section><h2>{title}</h2><img alt="{title}" src="{source}"></section>'
 
 
-def _operations(operations: Sequence[FiredOperation]) -> str:
-    if not operations:
+def _operations(run: RunRecord) -> str:
+    if not run.operations:
         return ""
-    rows = [_operation(operation) for operation in operations]
+    judged = objective(run.metrics) or Metric("", "")
+    rows = [_operation(operation, judged) for operation in run.operations]
     head = "".join(f"<th>{title}</th>" for title in rows[0])
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row.values())}</tr>"
@@ -168,15 +174,16 @@ def _operations(operations: Sequence[FiredOperation]) -> str:
     return f"<section><h2>Operations</h2>{table}</section>"
 
 
-def _operation(operation: FiredOperation) -> dict[str, str]:
-    """Return the columns of an operation's row, by their titles."""
+def _operation(operation: FiredOperation, judged: Metric) -> dict[str, str]:
+    """Return the columns of an operation's row by title; losses are formatted like `judged`."""
+    before, after = operation.val_loss_before, operation.val_loss_after
     return {
         "step": f"{operation.step:,}",
         "operation": operation.name,
         "value": operation.value_in_words,
         "reason": operation.reason or "",
-        "loss before": _written(operation.val_loss_before, ".4f"),
-        "loss after": _written(operation.val_loss_after, ".4f"),
+        "loss before": "" if before is None else judged.written(before),
+        "loss after": "" if after is None else judged.written(after),
         "parameters before": _written(operation.params_before, ","),
         "parameters after": _written(operation.params_after, ","),
         "change of the function": _written(operation.function_delta, ".1e"),

@@ -1,11 +1,11 @@
-"""What a run folder says, read back: its series, its operations and its settings."""
+"""Read a run folder: its series, its operations and its settings."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,38 +13,38 @@ import numpy as np
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.yaml_file import read_yaml
+from jaxmorph.step.metrics import DEFAULT, METRIC_TABLE, Kind, Metric, table_from_json
 
-_NUMBERS: tuple[str, ...] = (
-    "train/loss", "train/learning_rate", "train/grad_norm", "step_seconds", "tokens", "flops",
-    "params", "batch_size", "grad_accum_steps", "val/loss", "val/loss_after", "val/accuracy",
-)  # fmt: skip
 _SIZES = ("n_layers", "d_model", "n_heads", "d_ff", "seq_len", "attn_lora_rank", "vocab_lora_rank")
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how a run writes what JSON has no number for
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how a run logs numbers that JSON lacks
 
 
 class Series(NamedTuple):
-    """The finite values of one metric, and the steps they stand at (both 1-d, equally long)."""
+    """The finite values of one metric, and their steps (both 1-d, equally long)."""
 
     steps: np.ndarray
     values: np.ndarray
 
 
+_NOTHING = Series(np.array([], int), np.array([], float))
+
+
 @dataclass(frozen=True)
 class FiredOperation:
-    """An operation as its line of operations.jsonl tells it; None: the line does not say.
+    """An operation as logged in operations.jsonl; None: not in its line.
 
     Args:
       step: the update after which it fired.
-      name: the operation's.
-      value: what it was given.
+      name: the operation's name.
+      value: the operation's value.
       reason: which trigger fired it.
       val_loss_before: the newest validation loss when it fired.
       val_loss_after: the re-evaluated one.
-      model_before: the architecture it met, as the fields of a ModelConfig.
-      model_after: the one it left.
-      params_before: number of parameters it met.
-      params_after: number it left.
-      moments: how many entries of the optimizer's state met each fate, by its name.
+      model_before: the architecture before it, as the fields of a ModelConfig.
+      model_after: the architecture after it.
+      params_before: number of parameters before it.
+      params_after: number of parameters after it.
+      moments: how many entries of the optimizer's state were transported, fresh or reset.
       function_delta: largest change of a logit, in RMS of the logits.
       seconds: how long it took.
     """
@@ -65,7 +65,7 @@ class FiredOperation:
 
     @property
     def value_in_words(self) -> str:
-        """The value as a user would write it; nothing where there is none."""
+        """The value as a user would write it; "" if there is none."""
         if self.value is None:
             return ""
         return f"{self.value:.6g}" if isinstance(self.value, float) else str(self.value)
@@ -84,19 +84,21 @@ class FiredOperation:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as its folder tells it.
+    """A run as read from its folder.
 
     Args:
       folder: the run folder.
       last_step: the newest step with a line.
-      series: the finite values of each known metric, in the order of their lines.
+      metrics: the metrics it was read with, and a plain one for each other number logged.
+      series: the finite values of each metric by name, in the order of their lines.
       lost: how many values of each were NaN or infinite.
-      operations: what operations.jsonl tells, in the order of its lines.
+      operations: the contents of operations.jsonl, in order.
       settings: the mapping in config.yaml.
     """
 
     folder: Path
     last_step: int
+    metrics: tuple[Metric, ...]
     series: dict[str, Series]
     lost: dict[str, int]
     operations: list[FiredOperation]
@@ -108,67 +110,120 @@ class RunRecord:
         return self.folder.resolve().name or str(self.folder)
 
     def total_at(self, total: str, steps: np.ndarray) -> np.ndarray:
-        """Return a running total ("tokens", "flops") at `steps`, between the lines that have it."""
+        """Return a running total at `steps`, interpolated between the lines that have it."""
         known, values = self.series[total]
         return np.interp(steps, np.concatenate([[0], known]), np.concatenate([[0.0], values]))
 
+    def of_kind(self, kind: Kind) -> list[Metric]:
+        """Return its metrics of a kind."""
+        return [metric for metric in self.metrics if metric.kind == kind]
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Read a run folder; the run may still be going, and its last line be half written.
+    def best(self, metric: Metric) -> tuple[int, float] | None:
+        """Return the step and the value of a metric's best, the first if tied."""
+        steps, values = self.series[metric.name]
+        if not len(values):
+            return None
+        at = values.argmax() if metric.best == "highest" else values.argmin()
+        return int(steps[at]), float(values[at])
+
+    def curve(self, metric: Metric) -> Series:
+        """Return the series to draw for a metric: its values, or a running total's rate."""
+        if metric.kind == "total":
+            return throughput(self, metric)[0]
+        return self.series[metric.name]
+
+
+def read_run(run_dir: Path, metrics: Sequence[Metric] | None = None) -> RunRecord:
+    """Read a run folder; the run may still be running and its last line incomplete.
+
+    Args:
+      run_dir: the folder.
+      metrics: the known metrics; None: those the run folder names, else those of a language model.
+        Other numbers in the lines are read too, by name; anything else is ignored.
 
     Raises:
-      InputError: not a run folder, or a file in it that is not what a run writes.
+      InputError: not a run folder, or a file in it that no run writes.
     """
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.is_file():
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
         raise InputError(str(run_dir), "", None, "a run folder, with metrics.jsonl in it")
-    columns: dict[str, tuple[list[int], list[float]]] = {key: ([], []) for key in _NUMBERS}
-    lost = dict.fromkeys(_NUMBERS, 0)
+    known = {metric.name: metric for metric in metrics or _read_metric_table(run_dir)}
+    columns = {name: _Column() for name in known}
     last_step = 0
-    for where, line in _read_lines(metrics):
+    for where, line in _read_lines(path):
         step = _step(where, line)
         last_step = max(last_step, step)
-        for key in columns.keys() & line.keys():
-            value = _number(where, key, line[key])
-            if value is None:
-                continue
-            if not math.isfinite(value):
-                lost[key] += 1
-                continue
-            columns[key][0].append(step)
-            columns[key][1].append(value)
+        for name, value in line.items():
+            if name in known or (name != "step" and _is_number(value)):
+                columns.setdefault(name, _Column()).add(step, _number(where, name, value))
     return RunRecord(
         folder=run_dir,
         last_step=last_step,
-        series={k: Series(np.array(s, int), np.array(v, float)) for k, (s, v) in columns.items()},
-        lost=lost,
+        metrics=tuple(known.get(name) or Metric(name, label=name) for name in columns),
+        series={name: column.series() for name, column in columns.items()},
+        lost={name: column.lost for name, column in columns.items()},
         operations=_read_operations(run_dir / "operations.jsonl"),
         settings=_read_settings(run_dir / "config.yaml"),
     )
 
 
-def throughput(run: RunRecord) -> tuple[Series, float]:
-    """Return tokens per second between the lines that count tokens, and the seconds of all steps.
+def _read_metric_table(run_dir: Path) -> tuple[Metric, ...]:
+    path = run_dir / METRIC_TABLE
+    if not path.is_file():
+        return DEFAULT
+    try:
+        return table_from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(str(path), "", None, f"a table of metrics ({error})") from None
 
-    `step_seconds` is a mean over the steps since the line before, so it is multiplied by their
-    number. The first step, which compiles, counts as time but is left out of the rates.
+
+def throughput(run: RunRecord, total: Metric | None = None) -> tuple[Series, float]:
+    """Return the rate per second of a running total, and the seconds of all steps.
+
+    Rates are at the lines that have the total; None: the first of the run's totals. The logged step
+    time is a mean over the steps since the previous line, so it is multiplied by their number. The
+    first step, which compiles, counts as time but is excluded from the rates.
     """
-    steps, tokens = run.series["tokens"]
-    timed, seconds = run.series["step_seconds"]
+    totals, times = [total] if total else run.of_kind("total"), run.of_kind("time")
+    if not totals or not times:
+        return _NOTHING, 0.0
+    steps, amounts = run.series[totals[0].name]
+    timed, seconds = run.series[times[0].name]
     if not len(steps) or not len(timed):
-        return Series(np.array([], int), np.array([], float)), 0.0
+        return _NOTHING, 0.0
     interval = np.searchsorted(steps, timed, side="left")
     inside = interval < len(steps)
     counts = np.bincount(interval[inside], minlength=len(steps))
     sums = np.bincount(interval[inside], weights=seconds[inside], minlength=len(steps))
     spent = np.diff(steps, prepend=0) * sums / np.maximum(counts, 1)
     rated = (spent > 0) & (steps > 1)
-    gained = np.diff(tokens, prepend=0.0)
+    gained = np.diff(amounts, prepend=0.0)
     return Series(steps[rated], gained[rated] / spent[rated]), float(spent.sum())
 
 
+@dataclass
+class _Column:
+    """The values of one metric as the lines are read."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    lost: int = 0
+
+    def add(self, step: int, value: float | None) -> None:
+        if value is None:
+            return
+        if not math.isfinite(value):
+            self.lost += 1
+            return
+        self.steps.append(step)
+        self.values.append(value)
+
+    def series(self) -> Series:
+        return Series(np.array(self.steps, int), np.array(self.values, float))
+
+
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, object) of each line; a last line without its newline may be half written."""
+    """Return (place, object) of each line; a last line without a newline may be incomplete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -252,14 +307,20 @@ def _step(where: str, line: dict[str, Any]) -> int:
     return step
 
 
-def _number(where: str, key: str, value: object) -> float | None:
+def _is_number(value: object) -> bool:
+    """Whether a metric can have this value; `value` may be any JSON value."""
+    if isinstance(value, str):
+        return value in _NOT_FINITE
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(where: str, key: str, value: Any) -> float | None:
     """Return a metric's value; None where it is null."""
-    convert: Callable[[Any], float] = float
     if value is None:
         return None
-    if value in _NOT_FINITE or (isinstance(value, int | float) and not isinstance(value, bool)):
-        try:
-            return convert(value)
-        except OverflowError:
-            return math.inf
-    raise InputError(where, key, value, "a number or null")
+    if not _is_number(value):
+        raise InputError(where, key, value, "a number or null")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -1,14 +1,17 @@
-"""The architecture's timeline: what a run's operations made of its shape, against steps."""
+"""The architecture's timeline: how a run's operations changed its shape, against steps."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxmorph.cli.wording import short
-from jaxmorph.report.figures import COLOURS, INK, mark_operations, new_figure, points_along, tick_by
+from jaxmorph.report.drawing import COLOURS, INK, mark_operations, new_figure, points_along, tick_by
 from jaxmorph.report.run_record import FiredOperation, RunRecord
+from jaxmorph.step.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +26,23 @@ _SIZES = {
     "vocab_lora_rank": "vocabulary\nLoRA rank",
     "seq_len": "context",
 }
-_SETTINGS = {
-    "batch_size": ("batch size", ("change_batch_size", "set_batch_size")),
-    "grad_accum_steps": ("forward passes\nper update", ("change_grad_accum", "set_grad_accum")),
-}
 _PANEL_HEIGHT, _NAMES_HEIGHT = 0.85, 1.7  # inches
 _PANEL_POINTS, _LETTER_POINTS = 50, 9  # heights of a panel and of a level's text
+_LABEL_WIDTH = 15  # of a panel's label: characters before it is wrapped
 _NAMED_OPERATIONS = 40  # more do not fit side by side above a wide panel
 
 
+def _whole(level: float) -> str:
+    return f"{level:,.0f}"
+
+
 class _Panel(NamedTuple):
-    """A quantity over a run: from each step on (1-d) it has a level (1-d), to the last step."""
+    """A quantity over a run: its level (1-d) from each step (1-d) on, up to the last step."""
 
     label: str
     steps: np.ndarray
     levels: np.ndarray
+    written: Callable[[float], str] = _whole
 
     @property
     def changes(self) -> bool:
@@ -45,10 +50,10 @@ class _Panel(NamedTuple):
 
 
 def architecture_figure(run: RunRecord) -> Figure | None:
-    """Draw an architecture's sizes and number of parameters against steps, one below the other.
+    """Draw an architecture's sizes and parameter count against steps, one below the other.
 
-    Layers and parameters are always there, everything else where it changed, the training settings
-    that operations change among it. None where no operation changed the architecture.
+    Layers and parameters are always drawn; other sizes, and training settings that operations change,
+    only if they changed. None if no operation changed the architecture.
     """
     morphs = [operation for operation in run.operations if operation.reshapes]
     panels = _panels(run, morphs)
@@ -74,9 +79,10 @@ def _panels(run: RunRecord, morphs: list[FiredOperation]) -> list[_Panel]:
             panels.append(panel)
     params = [(operation.params_before, operation.params_after) for operation in morphs]
     if (panel := _levels("parameters", params, morphs, end)) is not None:
-        panels.append(panel)
+        panels.append(panel._replace(written=short))
     if panels:
-        panels += [panel for name in _SETTINGS if (panel := _setting(run, name, end)).changes]
+        settings = [metric for metric in run.metrics if metric.changed_by]
+        panels += [panel for one in settings if (panel := _setting(run, one, end)).changes]
     return panels
 
 
@@ -93,7 +99,7 @@ def _levels(
     morphs: list[FiredOperation],
     end: int,
 ) -> _Panel | None:
-    """Return what a quantity was from step 0 on; None where an operation's line does not say."""
+    """Return a quantity's levels from step 0 on; None if an operation's line lacks it."""
     known = [(before, after) for before, after in around if before is not None is not after]
     if not known or len(known) < len(around):
         return None
@@ -102,17 +108,18 @@ def _levels(
     return _Panel(label, np.array(steps), np.array([*levels, levels[-1]]))
 
 
-def _setting(run: RunRecord, name: str, end: int) -> _Panel:
-    """Return what a logged setting was; it changed at its operation, the line comes later."""
-    label, changers = _SETTINGS[name]
-    logged, values = run.series[name]
-    fired = np.array([one.step for one in run.operations if one.name in changers], int)
+def _setting(run: RunRecord, setting: Metric, end: int) -> _Panel:
+    """Return a logged setting's levels; it changed at its operation, the line comes later."""
+    logged, values = run.series[setting.name]
+    fired = np.array([one.step for one in run.operations if one.name in setting.changed_by], int)
     steps, levels = [0], values[:1].tolist()
     for index in np.flatnonzero(np.diff(values)) + 1:
         between = fired[(logged[index - 1] <= fired) & (fired < logged[index])]
         steps.append(int(between[-1] if len(between) else logged[index]))
         levels.append(values[index])
-    return _Panel(label, np.array([*steps, end]), np.array([*levels, *levels[-1:]]))
+    label = textwrap.fill(setting.label, _LABEL_WIDTH)
+    ends = np.array([*steps, end]), np.array([*levels, *levels[-1:]])
+    return _Panel(label, *ends, setting.written)
 
 
 def _draw(axes: Axes, panel: _Panel, colour: str) -> None:
@@ -127,16 +134,16 @@ def _draw(axes: Axes, panel: _Panel, colour: str) -> None:
 
 
 def _write_levels(axes: Axes, panel: _Panel) -> None:
-    """Write each level where it begins: above it, or before the step where it is soon over.
+    """Write each level where it begins: above it, or before the step if it ends soon.
 
-    What would cover another is left out, but for the last.
+    Levels that would overlap are omitted, except the last.
     """
     steps, levels = panel.steps.tolist(), panel.levels.tolist()
     begins = [i for i in range(len(steps) - 1) if i == 0 or levels[i] != levels[i - 1]]
     places = points_along(axes, [steps[index] for index in begins] + steps[-1:])
     taken: list[tuple[float, float, float]] = []  # from, to, height, all in points
     for index, place, end in reversed(list(zip(begins, places, places[1:], strict=False))):
-        text = short(levels[index]) if panel.label == "parameters" else f"{levels[index]:,.0f}"
+        text = panel.written(levels[index])
         width = 8 + 5 * len(text)
         before = steps[index] > 0 and end - place < width
         left = place - width if before else place

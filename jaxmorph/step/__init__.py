@@ -1,1 +1,1 @@
-"""One training step: the state it maps, the gradient, the update rule, and where arrays lie."""
+"""One training step: the state, the gradient, the update rule, and the sharding of arrays."""

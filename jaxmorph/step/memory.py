@@ -1,26 +1,22 @@
-"""The memory that parameters, gradients and optimizer state take, without an array."""
+"""The memory of parameters, gradients and optimizer state, computed without arrays."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from jaxmorph.config.settings import ModelConfig, OptimizerSettings
-from jaxmorph.model.architecture import (
-    INDEX_AXES,
-    frozen_parameters,
-    gpt_axis_sizes,
-    gpt_signatures,
-    parameter_count,
-)
-from jaxmorph.model.signatures import Signature
+from jaxmorph.config.run_shape import RunShape
+from jaxmorph.config.settings import OptimizerSettings
+from jaxmorph.model.architecture import INDEX_AXES, gpt_axis_sizes, parameter_count
+from jaxmorph.model.signatures import Signature, count_parameters
+from jaxmorph.model.trainable import trainable_of
 
-_FACTORED_FROM = 128  # optax's adafactor factors a leaf whose two largest dimensions reach this
+_FACTORED_FROM = 128  # optax's adafactor factors leaves whose two largest dimensions reach this
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a run holds whatever its batch, over all devices."""
+    """Bytes that a run holds independently of its batch, over all devices."""
 
     parameters: int
     gradients: int
@@ -32,23 +28,26 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer
 
 
-def memory(config: ModelConfig, optimizer: OptimizerSettings) -> Memory:
-    """Return what parameters, gradients and optimizer state take; activations come on top.
+def memory(shape: RunShape, optimizer: OptimizerSettings) -> Memory:
+    """Return the memory of parameters, gradients and optimizer state, without activations.
 
-    Frozen parameters have no optimizer state; their gradients, all zeros, are held all the same.
+    Frozen parameters have neither gradients nor optimizer state.
     """
-    width = 8 if config.dtype == "float64" else 4
-    sizes, frozen = gpt_axis_sizes(config), frozen_parameters(config)
-    trained = [s for path, s in gpt_signatures(config).items() if path not in frozen]
-    parameters = width * parameter_count(config)
+    width, trainable = 8 if shape.model.dtype == "float64" else 4, trainable_of(shape)
+    sizes = trainable.sizes(gpt_axis_sizes(shape.model))
+    trained = trainable.trained.values()
     held = sum(_state_entries(s, s.shape(sizes), optimizer) for s in trained)
-    return Memory(parameters, parameters, width * held)
+    return Memory(
+        width * parameter_count(shape.model),
+        width * count_parameters(trained, sizes),
+        width * held,
+    )
 
 
 def _state_entries(
     signature: Signature, shape: tuple[int, ...], optimizer: OptimizerSettings
 ) -> int:
-    """Return the entries of optimizer state that mirror a parameter."""
+    """Return the number of optimizer state entries that mirror a parameter."""
     size = math.prod(shape)
     match optimizer.optimizer:
         case "adamw":

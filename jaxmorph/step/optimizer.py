@@ -1,9 +1,9 @@
-"""The update rules, composed from optax; what each parameter gets follows from its signature."""
+"""The update rules, composed from optax; each parameter's rule follows from its signature."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -16,50 +16,69 @@ from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.model.architecture import INDEX_AXES
 from jaxmorph.model.precision import wide_dtype
 from jaxmorph.model.signatures import Signature
+from jaxmorph.model.trainable import Trainable
 from jaxmorph.model.tree_paths import parameter_path
 
 _MUON_RMS = 0.2  # of a muon update; Adam's usual one (Liu et al. 2025, arXiv 2502.16982)
 
 
 def make_optimizer(
-    settings: OptimizerSettings,
-    signatures: Mapping[str, Signature],
-    frozen: Collection[str] = (),
+    settings: OptimizerSettings, trainable: Trainable
 ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer: clip, one rule per group of parameters, times the learning rate.
+    """Return the optimizer: clipping, one rule per parameter group, times the learning rate.
 
     Its `update(gradients, state, params, learning_rate=...)` takes the learning rate as an array, so
-    that a schedule is evaluated inside the compiled step and a change of rate recompiles nothing.
+    that a schedule is evaluated inside the compiled step and a change of rate recompiles nothing. It
+    takes all parameters; its gradients, state and updates cover only the trained part.
 
-    Groups: "hidden" are the matrices between activations, "index" those that a vocabulary or position
-    picks rows of or produces, "vector" biases and gains. Vectors are not decayed; muon updates the
-    hidden matrices only and leaves the rest to AdamW. What is "frozen" gets no update, no decay and
-    no optimizer state.
+    Groups: "hidden" are the matrices between activations, "index" those with a vocabulary or position
+    axis, "vector" biases and gains. Vectors are not decayed; muon updates only the hidden matrices,
+    and AdamW the rest.
 
     Args:
       settings: which rule, and its constants.
-      signatures: signature of each parameter by path; parameters are nested dicts of those paths.
-      frozen: paths of parameters that are not trained.
+      trainable: what is trained; parameters are nested dicts with the paths of its signatures.
     """
+    signatures = trainable.trained
     clip = [optax.clip_by_global_norm(settings.grad_clip)] if settings.grad_clip > 0 else []
     rules: dict[Hashable, optax.GradientTransformation] = {
         group: _rule(settings, group, signatures) for group in ("hidden", "index", "vector")
     }
-    rules["frozen"] = optax.set_to_zero()
-    grouped = optax.multi_transform(rules, group_labels(signatures, frozen))
-    return optax.with_extra_args_support(
-        optax.chain(*clip, grouped, scale_by_learning_rate_argument())
+    grouped = optax.multi_transform(rules, group_labels(signatures))
+    return of_trained_part(
+        optax.chain(*clip, grouped, scale_by_learning_rate_argument()), trainable
     )
 
 
-def group_labels(
-    signatures: Mapping[str, Signature], frozen: Collection[str] = ()
-) -> dict[str, Any]:
+def of_trained_part(
+    optimizer: optax.GradientTransformation, trainable: Trainable
+) -> optax.GradientTransformationExtraArgs:
+    """Return an optimizer that takes all parameters and passes on those that are trained.
+
+    Args:
+      optimizer: of the trained part.
+      trainable: what is trained.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Any) -> optax.OptState:
+        return inner.init(trainable.view(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: Any = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        view = None if params is None else trainable.view(params)
+        return inner.update(updates, state, view, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def group_labels(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """Return the optimizer group of each parameter, as nested dicts like the parameters."""
-    labels = {
-        tuple(path.split("/")): "frozen" if path in frozen else _group(signature)
-        for path, signature in signatures.items()
-    }
+    labels = {tuple(path.split("/")): _group(s) for path, s in signatures.items()}
     return traverse_util.unflatten_dict(labels)
 
 
@@ -107,7 +126,7 @@ def _scaling(settings: OptimizerSettings) -> optax.GradientTransformation:
         case "sgd":
             return optax.trace(settings.beta1) if settings.beta1 else optax.identity()
         case "adafactor":
-            # Shazeer & Stern 2018 (arXiv 1804.04235) without relative step sizes: the schedule rules.
+            # Shazeer & Stern 2018 (arXiv 1804.04235) without relative step sizes: the schedule decides.
             return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
         case unknown:
             raise AssertionError(unknown)
@@ -145,7 +164,7 @@ def _muon(
 
 
 def plateau_transform(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
-    """Return optax's reduce_on_plateau, to be fed one validation loss per evaluation."""
+    """Return optax's reduce_on_plateau, to update with one validation loss per evaluation."""
     return optax.contrib.reduce_on_plateau(
         factor=settings.plateau_factor,
         patience=settings.plateau_patience,

@@ -1,11 +1,11 @@
-"""Learning rates over time: which shapes there are, and the one traced function that gives them.
+"""Learning-rate schedules: their shapes, and one traced function that computes them.
 
 A schedule here is a factor of the peak learning rate. Its lengths (where it starts, how long it
-warms up, where the run ends) are traced values, so that an operation may change them in the middle
-of a run without a new compilation; its shape is fixed when the step is compiled.
+warms up, where the run ends) are traced values, so that an operation can change them during a run
+without recompiling; its shape is fixed when the step is compiled.
 
-To restart a schedule at step s, set `start` to s and `warmup` to at most the steps that remain
-(`restarted_warmup`): it begins again at t = 0 and still ends at its minimum at `total`.
+To restart a schedule at step s, set `start` to s and `warmup` to at most the remaining steps
+(`restarted_warmup`): it starts again at t = 0 and still reaches its minimum at `total`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Factor = Callable[[Any, Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class ScheduleShape:
-    """What a schedule looks like, whatever its lengths.
+    """The shape of a schedule, independent of its lengths.
 
     Args:
       scheduler: one of `SCHEDULERS`.
-      min_lr_ratio: factor at the end of the run (no part of `constant`; the lowest that
-        `reduce_on_plateau` can bring the rate to).
+      min_lr_ratio: factor at the end of the run (unused by `constant`; the lower bound of
+        `reduce_on_plateau`).
       anneal: interpolation of the two halves of `onecycle`.
       start_ratio: factor at the start of `onecycle`.
-      decay_fraction: part of the run, counted from its start, that `wsd` spends decaying.
+      decay_fraction: fraction of the run, counted from its start, that `wsd` spends decaying.
       stairs: number of equal stairs of `step`; their heights fall geometrically.
       power: of `polynomial`.
 
     Raises:
-      InputError: a minimum of 0 for a shape that falls by factors and so never gets there.
+      InputError: a minimum of 0 for a shape that decays geometrically and so never reaches it.
     """
 
     scheduler: str
@@ -78,30 +78,29 @@ def schedule_shape(settings: OptimizerSettings) -> ScheduleShape:
 
 
 def restarted_warmup(warmup: int, step: int, total: int) -> int:
-    """Return the warmup of a schedule restarted at `step`: short enough to reach its end."""
+    """Return the warmup of a schedule restarted at `step`: at most the remaining steps."""
     return max(0, min(warmup, total - step - 1))
 
 
 def lr_multiplier_at(shape: ScheduleShape) -> Factor:
     """Return the function from (step, start, warmup, total) to the factor of the peak rate.
 
-    The arguments are whole numbers or 0-d integer arrays, all may be traced: the current step, the
-    step the schedule started at, the number of warmup steps, and the step the run ends at. With
+    The arguments are integers or 0-d integer arrays, and may all be traced: the current step, the step
+    the schedule started at, the number of warmup steps, and the step the run ends at. With
     t = step - start the factor rises from 0 to 1 (`onecycle`: from `start_ratio`) while t < warmup;
-    then it follows the shape, and is at `min_lr_ratio` at `step = total` and after. It is a 0-d
-    array, float32, or float64 where JAX has that enabled; within 1e-6 of the exact factor for runs
-    of any length.
+    then it follows the shape, and is `min_lr_ratio` from `step = total` on. It is a 0-d array, float32,
+    or float64 if JAX has that enabled, and within 1e-6 of the exact factor for runs of any length.
 
-    Each shape is an optax schedule of length 1 over normalised progress: optax's schedules branch
-    on their lengths in Python, and so cannot have traced ones. The `cosine` is that of GPT-3
-    (Brown et al., 2020); `onecycle` Smith and Topin, 2019, in two phases; `wsd` Hu et al., 2024.
+    Each shape is an optax schedule of length 1 over normalised progress, because optax's schedules
+    branch on their lengths in Python, which therefore cannot be traced. `cosine` follows GPT-3
+    (Brown et al., 2020), `onecycle` Smith and Topin, 2019, in two phases, `wsd` Hu et al., 2024.
     """
     import jax.numpy as jnp
 
     rise, fall = _rise(shape), _fall(shape)
 
     def factor(step: Any, start: Any, warmup: Any, total: Any) -> Any:
-        # Whole-number differences first: a float32 step is no longer exact past 2^24.
+        # Integer differences first: a float32 step is not exact past 2^24.
         step, start, warmup, total = (
             jnp.asarray(n).astype(jnp.int32) for n in (step, start, warmup, total)
         )
@@ -113,7 +112,7 @@ def lr_multiplier_at(shape: ScheduleShape) -> Factor:
 
 
 def schedule_block(shape: ScheduleShape, peak: float, warmup: int, total: int) -> str:
-    """Return the lines a run prints at its start about its learning rate."""
+    """Return the lines about the learning rate that a run prints at its start."""
     lowest = peak if shape.scheduler == "constant" else peak * shape.min_lr_ratio
     return "\n".join(
         (
@@ -154,10 +153,10 @@ class KeyPoint(NamedTuple):
 
 
 def key_points(shape: ScheduleShape, peak: float, warmup: int, total: int) -> list[KeyPoint]:
-    """Return the rate at the steps one wants to check, in the order they come.
+    """Return the rate at the steps worth checking, in order.
 
-    Update s uses the rate at s - 1, so the last one used stands at `total - 1`. Points that do not
-    exist (the end of a warmup that outlasts the run, say) are left out.
+    Update s uses the rate at s - 1, so the last one used is at `total - 1`. Points that do not
+    exist (such as the end of a warmup that outlasts the run) are omitted.
     """
     steps = {"start": 0}
     if warmup:
@@ -181,11 +180,11 @@ def factors_at(shape: ScheduleShape, steps: list[int], warmup: int, total: int) 
 
 
 def _rise(shape: ScheduleShape) -> Callable[[Any], Any]:
-    """Return the warmup, as a function of the part of it that has passed."""
+    """Return the warmup, as a function of the fraction of it that has passed."""
     import optax
 
     if shape.scheduler != "onecycle":
-        return lambda passed: passed  # 1 - (1 - passed), as optax has it, blurs the first steps
+        return lambda passed: passed  # optax's 1 - (1 - passed) rounds off the first steps
     if shape.anneal == "linear":
         return optax.linear_schedule(shape.start_ratio, 1.0, 1)
     falling = optax.cosine_decay_schedule(1.0, 1, shape.start_ratio)
@@ -193,13 +192,13 @@ def _rise(shape: ScheduleShape) -> Callable[[Any], Any]:
 
 
 def _fall(shape: ScheduleShape) -> Callable[[Any, Any, Any], Any]:
-    """Return what follows the warmup, of (steps since it, steps from it to the end, whole span)."""
+    """Return the factor after the warmup, of (steps since it, steps from it to the end, span)."""
     import jax.numpy as jnp
 
     curve = _curve(shape)
     if shape.scheduler == "step":
         return lambda t, length, span: curve(_stair(t, length, shape.stairs) / (shape.stairs - 1))
-    if shape.scheduler == "polynomial":  # from 1 - p: a root of it magnifies the rounding of p
+    if shape.scheduler == "polynomial":  # of 1 - p: a root of that magnifies the rounding of p
         return lambda t, length, span: curve(_ratio(jnp.maximum(length, 1) - t, length))
     if shape.scheduler != "wsd":
         return lambda t, length, span: curve(_ratio(t, length))
@@ -234,7 +233,7 @@ def _curve(shape: ScheduleShape) -> Callable[[Any], Any]:
 
 
 def _ratio(part: Any, whole: Any) -> Any:
-    """Return part / whole within [0, 1]; a whole of nothing counts as one step."""
+    """Return part / whole clipped to [0, 1]; a whole of 0 counts as one step."""
     import jax.numpy as jnp
 
     return jnp.clip(part.astype(float) / jnp.maximum(whole, 1).astype(float), 0.0, 1.0)
@@ -243,7 +242,7 @@ def _ratio(part: Any, whole: Any) -> Any:
 def _stair(t: Any, length: Any, stairs: int) -> Any:
     """Return floor(t · stairs / length), below `stairs`, without rounding or overflow.
 
-    A float32 quotient is right to within one stair; stair k begins at ceil(k · length / stairs).
+    A float32 quotient is accurate to one stair; stair k begins at ceil(k · length / stairs).
     """
     import jax.numpy as jnp
 

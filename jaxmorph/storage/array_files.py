@@ -1,6 +1,6 @@
-"""Arrays on disk, by Orbax: all that this package asks of it.
+"""Arrays on disk: all that this package uses of Orbax.
 
-Orbax (and with it JAX) is imported where it is used: it takes a third of a second.
+Orbax (and with it JAX) is imported on first use, because that takes a third of a second.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 class ArrayFiles:
-    """Writes and reads flat mappings of path to array; with several processes, all of them call."""
+    """Write and read flat mappings of path to array; every process must call each method."""
 
     def __init__(self):
         self._orbax: ocp.AsyncCheckpointer | None = None
 
     def save(self, folder: Path, arrays: Arrays) -> None:
-        """Write arrays into a new folder; they are whole on return.
+        """Write arrays into a new folder; they are complete on return.
 
         Raises:
-          Exception: whatever Orbax and TensorStore raise when the disk fails them.
+          Exception: whatever Orbax and TensorStore raise when the disk fails.
         """
         import orbax.checkpoint as ocp
 
-        # Orbax refuses arrays without entries; their shape is all there is to know of them
+        # Orbax rejects arrays without entries; their shape is all there is to restore
         filled = {path: array for path, array in arrays.items() if 0 not in array.shape}
         checkpointer = self._checkpointer()
         checkpointer.save(folder, args=ocp.args.StandardSave(filled))
@@ -44,12 +44,12 @@ class ArrayFiles:
     def restore(
         self, folder: Path, abstract: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Return those arrays of a folder that `abstract` names, laid out as it says.
+        """Return the arrays of a folder that `abstract` names, with its shardings.
 
         Args:
-          folder: what `save` wrote.
-          abstract: path -> the shape and dtype that was saved (others are cast, not refused) and
-            the sharding wanted, None for the first device.
+          folder: a folder that `save` wrote.
+          abstract: path -> the shape and dtype that was saved (others are cast, not refused) and the
+            target sharding, None for the first device.
         """
         import jax
         import jax.numpy as jnp
@@ -64,7 +64,7 @@ class ArrayFiles:
         arguments = ocp.args.PyTreeRestore(
             filled,
             restore_args=ocp.checkpoint_utils.construct_restore_args(filled),
-            partial_restore=True,  # of a large model one may want the parameters alone
+            partial_restore=True,  # a large model's parameters can be restored without the rest
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(folder, args=arguments)
@@ -76,7 +76,7 @@ class ArrayFiles:
         }
 
     def close(self) -> None:
-        """End Orbax's threads; another use starts new ones."""
+        """Stop Orbax's threads; the next use starts new ones."""
         if self._orbax is not None:
             self._orbax.close()
             self._orbax = None
@@ -85,15 +85,15 @@ class ArrayFiles:
         import orbax.checkpoint as ocp
 
         if self._orbax is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)  # where Orbax narrates each save
+            logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save there
             self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         return self._orbax
 
 
 def copied_to_host(arrays: Arrays) -> dict[str, np.ndarray]:
-    """Return copies in host memory, which the caller's donating or changing `arrays` cannot reach.
+    """Return copies in host memory, safe from the caller donating or changing `arrays`.
 
-    On CPU the NumPy view of a JAX array is the very buffer that gets donated, hence true copies.
+    On CPU the NumPy view of a JAX array is the buffer that gets donated, hence real copies.
     """
     import jax
     import numpy as np

@@ -1,11 +1,11 @@
-"""Checkpoints: a step's whole state in one folder, committed by one rename, sound or named corrupt.
+"""Checkpoints: a step's whole state in one folder, committed by one rename and verified on read.
 
 A save writes `<step>.partial/`: `state/` (the arrays, by Orbax), `meta.json`, and last
 `manifest.json`, with a digest of every file. Renaming that folder to `<step>` is the commit; older
-checkpoints go only after it. Every checkpoint is compared with its manifest before it is read,
-because Orbax restores changed bits without a word.
+checkpoints are removed only afterwards. Before reading, every checkpoint is checked against its
+manifest, because Orbax silently restores changed bits; then its format is checked.
 
-Arrays are a flat mapping of path to array; this module knows nothing of models.
+Arrays are a flat mapping of path to array; this module knows nothing about models.
 """
 
 from __future__ import annotations
@@ -22,15 +22,24 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.storage.array_files import ArrayFiles, copied_to_host
+from jaxmorph.storage.formats import (
+    MIGRATIONS,
+    Migrations,
+    check_format,
+    current_format,
+    migrated,
+)
 from jaxmorph.storage.manifest import (
+    check_leaves,
     describe_leaves,
     problem_of,
     read_manifest,
     state_sha256,
     write_manifest,
 )
-from jaxmorph.storage.run_folder import sync_folder
+from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
+from jaxmorph.system.files import sync_folder
 
 if TYPE_CHECKING:
     import jax
@@ -40,36 +49,40 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError", "Checkpoints", "CorruptCheckpointsError", "state_sha256"]
 
-_EXPECTED = "a sound checkpoint; put one back from a copy, or start anew in another --run_dir"
-_NONE, _FAILED = -1, -2  # what process 0 tells the others in place of a step
+_EXPECTED = "a sound checkpoint; restore one from a backup, or start again in another --run_dir"
+_NONE = -1  # what process 0 broadcasts if there is no step
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the run's own state is as it was."""
+    """A checkpoint could not be written; the run's own state is unchanged."""
 
 
 class CorruptCheckpointsError(InputError):
-    """There are checkpoints and not one of them is sound."""
+    """There are checkpoints, but none is sound."""
 
 
 def say_corrupt(step: int, problem: str) -> None:
-    """Say on stderr that a checkpoint is passed over, and why."""
+    """Report on stderr that a checkpoint is skipped, and why."""
     print(f"checkpoint {step} is corrupt: {problem}", file=sys.stderr)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Whoever writes must hold the run folder's lock.
+    """The checkpoints of one run. The writer must hold the run folder's lock.
 
-    With several processes every method is called by all of them; process 0 writes and decides.
+    With several processes all of them must call every method; process 0 writes and decides.
 
     Args:
-      folder: where they are; made by the first save.
+      folder: where they are; created by the first save.
       keep: how many of the newest to keep, at least 1.
-      keep_best: keep the one of the lowest score as well.
+      keep_best: also keep the one with the lowest score.
+      migrations: how to convert older formats to the current one.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_best: bool):
+    def __init__(
+        self, folder: Path, keep: int, keep_best: bool, migrations: Migrations = MIGRATIONS
+    ):
         assert keep >= 1, keep
+        self._migrations = migrations
         self.folder = Path(folder).absolute()
         self._keep, self._keep_best = keep, keep_best
         self._sound: set[int] = set()  # written or verified by this process
@@ -87,45 +100,44 @@ class Checkpoints:
         score: float | None,
         wait: bool = False,
     ) -> None:
-        """Start to write a checkpoint; if there is a sound one of this step already, do nothing.
+        """Start writing a checkpoint, unless there is already a sound one of this step.
 
         On return `arrays` and `meta` have been copied: the caller may donate or change them. The
-        rest goes on in a thread, or with several processes has been done.
+        write continues in a thread; with several processes it is already done.
 
         Args:
           step: its name.
           arrays: path -> array.
-          meta: anything JSON can say.
-          score: the lower the better, for `keep_best`; None or not finite: never the best.
-          wait: return only when it is committed.
+          meta: any JSON value.
+          score: lower is better, for `keep_best`; None or non-finite: never the best.
+          wait: return only after the commit.
 
         Raises:
-          CheckpointError: the save before this one failed, or this one where it was waited for.
+          CheckpointError: the previous save failed, or this one with `wait`.
         """
-        import jax
 
         self.wait()
         text = json.dumps(meta, indent=1)
-        if jax.process_count() > 1:
-            self._try_to_write(step, arrays, text, score)  # all of them, in step
+        if processes.count() > 1:
+            self._try_to_write(step, arrays, text, score)  # all processes together
         elif not self._is_sound(step):
             arguments = (step, copied_to_host(arrays), text, score)
-            # not a daemon: an interpreter that ends in an error still finishes the commit
+            # not a daemon: an interpreter that exits with an error still finishes the commit
             self._thread = threading.Thread(target=self._try_to_write, args=arguments)
             self._thread.start()
         if wait or self._thread is None:
             self.wait()
 
     def discard(self, step: int) -> None:
-        """Remove the checkpoint of a step, so that another can take its place; older ones stay."""
+        """Remove the checkpoint of a step, so that it can be replaced; older ones stay."""
         self.wait()
         shutil.rmtree(self.folder / str(step), ignore_errors=True)
 
     def wait(self) -> None:
-        """Wait until what was saved is committed.
+        """Wait until the last save is committed.
 
         Raises:
-          CheckpointError: it could not be written; the folder and the reason are named.
+          CheckpointError: it could not be written; names the folder and the reason.
         """
         if self._thread is not None:
             self._thread.join()
@@ -135,7 +147,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """Wait, then end Orbax's threads. Raises as `wait` does."""
+        """Wait, then stop Orbax's threads. Raises as `wait` does."""
         try:
             self.wait()
         finally:
@@ -153,65 +165,68 @@ class Checkpoints:
     def latest_sound(self, on_corrupt: Callable[[int, str], None] = say_corrupt) -> int | None:
         """Return the newest step whose checkpoint is sound; None if there is no checkpoint at all.
 
+        Changes nothing on disk, so that a run in another format stays intact.
+
         Args:
-          on_corrupt: told of every newer one and what is wrong with it. They are left as they are.
+          on_corrupt: called with every newer step and its problem. Those are left in place.
 
         Raises:
           CorruptCheckpointsError: there are checkpoints, and none is sound.
+          FormatError: it is of a format that cannot be read.
         """
         step = self._by_first_process(lambda: self._find_latest_sound(on_corrupt))
         if step == _NONE:
             return None
-        self._sound.add(step)  # process 0 has read it: the others need not
+        self._sound.add(step)  # verified by process 0, so the others need not read it
         return step
 
     def best(self) -> int | None:
-        """Return the step of the lowest score, the newest of several; None if none has a score."""
+        """Return the step with the lowest score, the newest if tied; None if none has a score."""
         sound = [step for step in self.steps() if step not in self._corrupt]
         scores = {step: score for step in sound if (score := self._score(step)) is not None}
         return min(reversed(scores), key=scores.__getitem__, default=None)
 
     def remove_partial(self) -> None:
-        """Remove what saves that were killed left behind. Only for the holder of the run's lock."""
+        """Remove leftovers of killed saves. Only for the holder of the run's lock."""
         for leftover in self.folder.glob("*.partial"):
             shutil.rmtree(leftover)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Return the meta saved with a step, without touching its arrays.
+        """Return the meta saved with a step, converted to the current format, without its arrays.
 
         Raises:
           CorruptCheckpointsError: the checkpoint is not sound.
+          FormatError: it is of a format that cannot be read.
         """
-        self._require_sound(step)
-        return json.loads((self.folder / str(step) / "meta.json").read_text())
+        folder, manifest = self._readable(step)
+        meta = json.loads((folder / "meta.json").read_text())
+        return migrated(meta, manifest["format"], self._migrations)
 
     def restore(
         self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct], *, part: bool = False
     ) -> dict[str, jax.Array]:
-        """Return the arrays of a step, placed as `abstract` says, on whatever mesh that is.
+        """Return the arrays of a step with the shardings of `abstract`, on any mesh.
 
         Args:
           step: of a sound checkpoint.
-          abstract: path -> shape, dtype and sharding (None: the first device) wanted.
-          part: `abstract` may leave out arrays, which are then not read.
+          abstract: path -> target shape, dtype and sharding (None: the first device).
+          part: `abstract` may omit arrays, which are then not read.
 
         Raises:
-          InputError: it holds other paths, shapes or dtypes than these; nothing is ever cast.
+          InputError: its paths, shapes or dtypes differ from these; nothing is ever cast.
           CorruptCheckpointsError: the checkpoint is not sound.
+          FormatError: it is of a format that cannot be read.
         """
-        import jax
 
-        self._require_sound(step)
-        folder = self.folder / str(step)
-        manifest = read_manifest(folder)
+        folder, manifest = self._readable(step)
         stored = manifest["leaves"]
         if part:
             stored = {path: leaf for path, leaf in stored.items() if path in abstract}
-        _check_leaves(folder, stored, describe_leaves(abstract))
+        check_leaves(folder, stored, describe_leaves(abstract))
         arrays = self._files.restore(folder / "state", abstract)
         if part:
             return arrays
-        if jax.process_count() == 1 and state_sha256(arrays) != manifest["state_sha256"]:
+        if processes.count() == 1 and state_sha256(arrays) != manifest["state_sha256"]:
             raise CorruptCheckpointsError(
                 str(folder), "", "arrays other than those saved", _EXPECTED
             )
@@ -221,7 +236,7 @@ class Checkpoints:
         try:
             self._write(step, arrays, meta, score)
         except Exception as error:
-            # gives back the space: a full disk is the likely reason
+            # frees the space: a full disk is the likely reason
             shutil.rmtree(self.folder / f"{step}.partial", ignore_errors=True)
             if isinstance(error, CheckpointError):
                 self._error = error
@@ -233,7 +248,7 @@ class Checkpoints:
             self._error.__cause__ = error
 
     def _write(self, step: int, arrays: Arrays, meta: str, score: float | None) -> None:
-        """Write, commit and prune; the steps' order is what makes a kill at any moment harmless."""
+        """Write, commit and prune; this order makes a kill at any moment harmless."""
         partial = self.folder / f"{step}.partial"
         if self._by_first_process(lambda: step if self._is_sound(step) else _NONE) == step:
             return
@@ -244,7 +259,8 @@ class Checkpoints:
         crash_point("after_arrays")
 
         def commit() -> int:
-            write_manifest(partial, step, describe_leaves(arrays), digest, score)
+            number = current_format(self._migrations)
+            write_manifest(partial, step, describe_leaves(arrays), digest, score, number)
             crash_point("after_manifest")
             self._move_aside(step)
             partial.rename(self.folder / str(step))
@@ -267,16 +283,21 @@ class Checkpoints:
         return (self.folder / str(step)).is_dir() and self._problem(step) is None
 
     def _problem(self, step: int) -> str | None:
-        """What is wrong with a step's checkpoint; once found sound it is not read again."""
+        """What is wrong with a step's checkpoint; one verified as sound is not read again."""
         if step in self._sound:
             return None
         problem = problem_of(self.folder / str(step))
         (self._corrupt if problem else self._sound).add(step)
         return problem
 
-    def _require_sound(self, step: int) -> None:
+    def _readable(self, step: int) -> tuple[Path, dict[str, Any]]:
+        """The folder and the manifest of a checkpoint that is sound and of a readable format."""
+        folder = self.folder / str(step)
         if problem := self._problem(step):
-            raise CorruptCheckpointsError(str(self.folder / str(step)), "", problem, _EXPECTED)
+            raise CorruptCheckpointsError(str(folder), "", problem, _EXPECTED)
+        manifest = read_manifest(folder)
+        check_format(folder, manifest, self._migrations)
+        return folder, manifest
 
     def _find_latest_sound(self, on_corrupt: Callable[[int, str], None]) -> int:
         problems = []
@@ -285,10 +306,11 @@ class Checkpoints:
         for step in reversed(self.steps()):
             problem = self._problem(step)
             if problem is None:
+                self._readable(step)
                 return step
             on_corrupt(step, problem)
             problems.append(f"{step}: {problem}")
-        # one moved aside is followed by a sound one of its step, unless someone took that away
+        # one moved aside was replaced by a sound one of its step, unless someone removed that
         problems += [f"{each.name}: moved aside" for each in self.folder.glob("*.corrupt*")]
         if not problems:
             return _NONE
@@ -297,7 +319,7 @@ class Checkpoints:
         raise CorruptCheckpointsError(str(self.folder), "", got, _EXPECTED)
 
     def _move_aside(self, step: int) -> None:
-        """Free the name of a step whose folder is corrupt, without destroying what is in it."""
+        """Free the name of a step whose folder is corrupt, without deleting its contents."""
         folder = self.folder / str(step)
         if not folder.exists():
             return
@@ -309,7 +331,7 @@ class Checkpoints:
         self._corrupt.discard(step)
 
     def _prune(self, step: int) -> int:
-        """Remove older checkpoints, without counting corrupt ones (all that are newer are).
+        """Remove older checkpoints, not counting corrupt ones (all newer ones are corrupt).
 
         Step 0, the state before the first update, always stays.
         """
@@ -318,7 +340,7 @@ class Checkpoints:
         if self._keep_best and (best := self.best()) is not None:
             kept.add(best)
         for each in set(candidates) - kept:
-            # renamed first, so that a kill half-way leaves no checkpoint that looks corrupt
+            # renamed first, so that a kill midway leaves no checkpoint that looks corrupt
             partial = self.folder / f"{each}.partial"
             (self.folder / str(each)).rename(partial)
             shutil.rmtree(partial)
@@ -332,40 +354,17 @@ class Checkpoints:
             return None
 
     def _by_first_process(self, action: Callable[[], int]) -> int:
-        """Have process 0 act alone; all return its answer, after it is done."""
-        import jax
-
-        if jax.process_count() == 1:
-            return action()
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        answer = _FAILED
+        """Run the action on the first process; all return its result once it is done."""
         try:
-            if jax.process_index() == 0:
-                answer = action()
-        finally:  # whatever happened to process 0, the others must not wait for it for ever
-            answer = int(multihost_utils.broadcast_one_to_all(np.asarray(answer, np.int32)))
-        if answer == _FAILED:
-            raise CheckpointError(f"process 0 failed on {self.folder}; its own message says why")
-        return answer
-
-
-def _check_leaves(folder: Path, stored: dict[str, list], wanted: dict[str, list]) -> None:
-    for path in sorted(set(stored) | set(wanted)):
-        got, expected = stored.get(path), wanted.get(path)
-        if got != expected:
-            raise InputError(
-                str(folder), path, _worded(got), f"{_worded(expected)}, as in this run"
-            )
-
-
-def _worded(leaf: list | None) -> str:
-    return "no such array" if leaf is None else f"{leaf[0]} {tuple(leaf[1])}"
+            return processes.by_first(action)
+        except processes.FirstProcessError:
+            raise CheckpointError(
+                f"process 0 failed on {self.folder}; see its own error message"
+            ) from None
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, from our own writes or from inside TensorStore's long message."""
+    """The operating system's error, from our own writes or inside TensorStore's long message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if match := re.search(r"os_error_code='(\d+)'", str(error)):

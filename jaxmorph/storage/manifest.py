@@ -1,16 +1,19 @@
-"""The manifest of a checkpoint folder: what is in it, and whether it still is.
+"""The manifest of a checkpoint folder: its contents, and how to verify them.
 
 `manifest.json` is canonical JSON (sorted keys, no spaces) of
 
-    files            relative path -> {"sha256", "size"}, every file but the manifest
+    files            relative path -> {"sha256", "size"}, every file except the manifest
+    format           of the checkpoint, see `storage.formats`; absent from those of format 1
+    jaxmorph         the version that wrote it; likewise
     leaves           path of each leaf of the state -> [dtype, shape]
     manifest_sha256  digest of the manifest without this key
     score            the validation loss the checkpoint was taken at, or null
     state_sha256     one digest over all leaves in path order
     step
 
-so that a changed bit anywhere, the manifest's own included, is found: its bytes must equal the
-canonical form of what they say.
+so that a changed bit anywhere, including the manifest itself, is detected: its bytes must equal the
+canonical form of their content. All formats keep these keys and this rule, whatever they add, so
+that a checkpoint of another format can be distinguished from a damaged one.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmorph.storage.run_folder import sync_file, sync_folder
+from jaxmorph import __version__
+from jaxmorph.cli.errors import InputError
+from jaxmorph.system.files import sync_file, sync_folder
 
 if TYPE_CHECKING:
     import jax
@@ -36,7 +41,7 @@ _KEYS = {"files", "leaves", "manifest_sha256", "score", "state_sha256", "step"}
 def state_sha256(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
     """Return one SHA-256 over all leaves, in order of their paths: path, dtype, shape and bytes.
 
-    An array that spans processes is gathered first, one at a time; then every process must call.
+    Arrays that span processes are gathered first, one at a time; then every process must call this.
 
     Args:
       arrays: path -> array of any shape and dtype.
@@ -48,7 +53,7 @@ def state_sha256(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
         value = np.ascontiguousarray(_whole(arrays[path]))
         shape = tuple(arrays[path].shape)
         digest.update(f"{path}\0{value.dtype.name}\0{shape}\0".encode())
-        # as bytes, because hashlib takes no buffer of a dtype that NumPy itself lacks (bfloat16)
+        # as bytes, because hashlib accepts no buffer of a dtype that NumPy lacks (bfloat16)
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -69,20 +74,46 @@ def describe_leaves(arrays: Mapping[str, Any]) -> dict[str, list]:
     return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in arrays.items()}
 
 
+def check_leaves(folder: Path, stored: dict[str, list], wanted: dict[str, list]) -> None:
+    """Check that a checkpoint has the expected leaves (both as `describe_leaves` returns them).
+
+    Raises:
+      InputError: names the first leaf that differs.
+    """
+    for path in sorted(set(stored) | set(wanted)):
+        got, expected = stored.get(path), wanted.get(path)
+        if got != expected:
+            raise InputError(
+                str(folder), path, _worded(got), f"{_worded(expected)}, as in this run"
+            )
+
+
+def _worded(leaf: list | None) -> str:
+    return "no such array" if leaf is None else f"{leaf[0]} {tuple(leaf[1])}"
+
+
 def write_manifest(
-    folder: Path, step: int, leaves: dict[str, list], digest: str, score: float | None
+    folder: Path,
+    step: int,
+    leaves: dict[str, list],
+    digest: str,
+    score: float | None,
+    format_number: int,
 ) -> None:
-    """Write the manifest of all files in `folder`; they and it are on the disk on return.
+    """Write the manifest of all files in `folder`; all of it is synced to disk on return.
 
     Args:
-      folder: a complete checkpoint, but for its manifest.
-      step: the step it is of.
+      folder: a complete checkpoint except for its manifest.
+      step: its step.
       leaves: see `describe_leaves`.
       digest: see `state_sha256`.
-      score: the lower the better; one that is not finite counts as none.
+      score: lower is better; a non-finite one counts as none.
+      format_number: of the checkpoint.
     """
     manifest = {
         "files": {name: _sums(folder / name) for name in _files(folder)},
+        "format": format_number,
+        "jaxmorph": __version__,
         "leaves": leaves,
         "score": score if score is not None and math.isfinite(score) else None,
         "state_sha256": digest,
@@ -97,7 +128,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint.
+    """Return the manifest of a checkpoint; its format number is always filled in.
 
     Raises:
       ValueError: it is missing, damaged or of another step than the folder's name; says which.
@@ -110,18 +141,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is damaged (not JSON)") from error
-    if not isinstance(manifest, dict) or set(manifest) != _KEYS or _canonical(manifest) != data:
+    if (
+        not isinstance(manifest, dict)
+        or not manifest.keys() >= _KEYS
+        or _canonical(manifest) != data
+    ):
         raise ValueError(f"{MANIFEST} is damaged (not in canonical form)")
     digest = manifest.pop("manifest_sha256")
     if hashlib.sha256(_canonical(manifest)).hexdigest() != digest:
         raise ValueError(f"{MANIFEST} is damaged (its digest differs)")
     if str(manifest["step"]) != folder.name:
         raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
+    if type(number := manifest.setdefault("format", 1)) is not int or number < 1:
+        raise ValueError(f"{MANIFEST} is damaged (its format is not a number)")
     return manifest
 
 
 def problem_of(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None: every file is read and compared."""
+    """Read and verify every file of a checkpoint; return what is wrong with it, or None."""
     try:
         expected = read_manifest(folder)["files"]
         found = _files(folder)
@@ -147,7 +184,7 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def _files(folder: Path) -> list[str]:
-    """Relative paths of all that is not a folder, links included, but for the manifest."""
+    """Relative paths of everything but folders, including links, except the manifest."""
     names = [
         (Path(parent) / name).relative_to(folder).as_posix()
         for parent, folders, files in os.walk(folder)

@@ -1,1 +1,1 @@
-"""The machine a run lives on: its signals, its memory, and the points at which a test can kill it."""
+"""The host of a run: signals, memory, processes, files, and the crash points of the tests."""

@@ -1,8 +1,8 @@
-"""Named moments at which a test can kill a run: one hook, inert unless the environment asks.
+"""Named points at which a test can kill a run: one hook, inert unless the environment asks.
 
-`JAXMORPH_CRASH_AT=after_arrays` kills the process when it first passes that point,
-`JAXMORPH_CRASH_AT=step:3` when it passes it the third time. The kill is SIGKILL: nothing is
-flushed, no handler runs, as when the machine takes the process away.
+`JAXMORPH_CRASH_AT=after_arrays` kills the process when it first reaches that point,
+`JAXMORPH_CRASH_AT=step:3` the third time. The signal is SIGKILL: nothing is flushed and no
+handler runs, as when the machine dies.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jaxmorph.cli.errors import InputError, nearest
 
 VARIABLE = "JAXMORPH_CRASH_AT"
 POINTS = (
-    "step",  # the loop, once a step
-    "before_save",  # a checkpoint is due, nothing of it is on disk
+    "step",  # the loop, once per step
+    "before_save",  # a checkpoint is due, nothing is on disk yet
     "during_save",  # its arrays are being written
-    "after_arrays",  # arrays are whole, no manifest yet
-    "after_manifest",  # manifest is whole, not yet renamed, so not committed
+    "after_arrays",  # arrays are complete, no manifest yet
+    "after_manifest",  # manifest is complete, not yet renamed, so not committed
     "after_save",  # committed, older checkpoints not yet pruned
     "evaluation",  # in the middle of an evaluation
     "compiling",  # the next stage's step is compiled, the morph to it is not
-    "before_operation",  # an operation is due, nothing of it is done
-    "during_operation",  # the new state is there, not yet compared with the old one
-    "after_operation",  # the new state is the run's, nothing is written of it
+    "before_operation",  # an operation is due, nothing is done yet
+    "during_operation",  # the new state is computed, not yet compared with the old one
+    "after_operation",  # the run uses the new state, nothing is written yet
     "reevaluation",  # evaluating right after an operation
     "operation_recorded",  # its line is written
     "first_step",  # the first update after an operation is computed
 )
 
-# how often this process has passed the point that the variable names; empty in any normal run
+# how often this process has passed the point named in the variable; empty in a normal run
 _passed: Counter[str] = Counter()
 
 

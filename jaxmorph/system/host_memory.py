@@ -1,8 +1,8 @@
-"""The host's memory: how much is free, and keeping what a step frees where the CPU computes.
+"""Host memory: how much is free, and keeping freed memory in the process on the CPU backend.
 
-XLA's CPU backend allocates a step's temporaries anew each step. By default glibc takes large blocks
-from the system and gives them back at once, so that every step pays for about a page fault per 4 kB:
-a tenth to a fifth of its time. Keeping freed memory in the process makes the pages last.
+XLA's CPU backend reallocates a step's temporaries every step. By default glibc maps large blocks from
+the system and unmaps them immediately, so every step pays for about a page fault per 4 kB: a tenth to
+a fifth of its time. Keeping freed memory in the process keeps the pages mapped.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory, on Linux without an accelerator; elsewhere do nothing.
+    """Make glibc keep freed memory, on Linux without an accelerator; elsewhere do nothing.
 
-    Call it before JAX is imported: a thread keeps the arena it started with. Values do not change.
+    Call it before JAX is imported: a thread keeps its initial arena. Results do not change.
     """
     if sys.platform != "linux" or any(Path(device).exists() for device in _ACCELERATORS):
         return
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return  # the user has tuned it already
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
+    if mallopt is None:  # not glibc
         return
     for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
         mallopt(parameter, value)
 
 
 def available_memory() -> int | None:
-    """Return the bytes the process can still take, its container's limit included; None: unknown."""
+    """Return the bytes the process can still allocate within its container; None: unknown."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))
@@ -44,7 +44,7 @@ def available_memory() -> int | None:
 
 
 def _left_in_group() -> list[int]:
-    """Return what the control group leaves, as a list that is empty where there is no limit."""
+    """Return the bytes left in the control group, as a list that is empty without a limit."""
     with contextlib.suppress(OSError, ValueError):
         limit, used = (
             int(Path("/sys/fs/cgroup", name).read_text())  # "max", no number, without a limit

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGINT let the step finish and the run be saved."""
+"""Graceful stops: on SIGTERM or SIGINT the step finishes and the run is saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopSignals:
-    """While entered, remembers the first SIGTERM or SIGINT; a second SIGINT leaves at once."""
+    """Within the context, remember the first SIGTERM or SIGINT; a second SIGINT exits at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -16,7 +16,7 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """Return the status a shell expects of a process that a signal stopped."""
+        """Return the conventional exit status of a process stopped by a signal."""
         assert self.received is not None
         return 128 + self.received
 

@@ -1,157 +1,114 @@
-"""What a run works with: its corpus, plan, programs and checkpoints, made before the first step."""
+"""Set up a run before its first step: its corpus, plan, programs and checkpoints."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.resolve import Sources, check_warmup, parse_mesh
+from jaxmorph.config.checks import check_warmup
+from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import Settings
+from jaxmorph.config.sources import Sources
 from jaxmorph.config.start import total_steps
-from jaxmorph.data.examples import ExampleStream, TokenizedCorpus, load_tokens, validation_batches
-from jaxmorph.growth.plan import Plan, make_plan
+from jaxmorph.data.examples import TokenizedCorpus, load_tokens
+from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.summary import describe
-from jaxmorph.model.architecture import flops_per_token, parameter_count
-from jaxmorph.step.programs import Programs
-from jaxmorph.step.sharding import BATCH_AXES, make_mesh
+from jaxmorph.model.architecture import parameter_count
+from jaxmorph.step.programs import distinct_specs
+from jaxmorph.step.sharding import make_mesh, mesh_shape
+from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
-from jaxmorph.training.resume import Position
+from jaxmorph.training.active_stage import ActiveStage
 from jaxmorph.training.stages import StageCompiler
-
-
-@dataclass(frozen=True)
-class Stint:
-    """What the loop works with between two operations.
-
-    Args:
-      shape: sizes and numbers of the run.
-      architecture: how many architectures the run has left behind.
-      programs: step and evaluation.
-      stream: training examples of the stage's context length.
-      validation: the validation batches.
-    """
-
-    shape: RunShape
-    architecture: int
-    programs: Programs
-    stream: ExampleStream
-    validation: list[np.ndarray]
-
-    def after_step(self, position: Position) -> Position:
-        """Return the position one update on."""
-        examples = self.shape.batch_size * self.shape.grad_accum_steps
-        tokens = examples * self.shape.model.seq_len
-        return dataclasses.replace(
-            position,
-            step=position.step + 1,
-            examples=position.examples + examples,
-            tokens=position.tokens + tokens,
-            flops=position.flops + tokens * flops_per_token(self.shape.model),
-        )
-
-    def totals(self, position: Position) -> dict[str, int]:
-        """Return what a full line of metrics.jsonl says of a position."""
-        return {
-            "step": position.step,
-            "stage": self.architecture,
-            "tokens": position.tokens,
-            "flops": position.flops,
-            "params": parameter_count(self.shape.model),
-            "batch_size": self.shape.batch_size,
-            "grad_accum_steps": self.shape.grad_accum_steps,
-        }
+from jaxmorph.training.tables import Tables
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays the same while a run goes on."""
+    """What is constant during a run."""
 
-    settings: Settings
-    corpus: TokenizedCorpus
-    streams: Mapping[int, ExampleStream]  # by context length
     plan: Plan
+    corpus: TokenizedCorpus
+    streams: Mapping[int, Stream]  # by context length
     total_steps: int
     mesh: Mesh
     compiler: StageCompiler
     checkpoints: Checkpoints
     run_dir: Path
+    tables: Tables
 
-    def stint(self, index: int) -> Stint:
-        """Return what stage `index` works with, its programs compiled."""
+    @property
+    def settings(self) -> Settings:
+        """Return the checked settings."""
+        return self.plan.settings
+
+    def activate(self, index: int) -> ActiveStage:
+        """Return the objects used in stage `index`, with its programs compiled."""
         stage = self.plan.stages[index]
-        return Stint(
-            shape=stage.shape,
-            architecture=stage.architecture,
+        return ActiveStage(
+            stage=stage,
             programs=self.compiler.programs(index),
             stream=self.streams[stage.shape.model.seq_len],
-            validation=_validation(self.corpus, self.plan, stage.shape),
+            validation=_validation(self.tables.step.task, self.corpus, self.plan, stage.shape),
         )
 
-    def moved(self, position: Position, old: Stint, new: Stint) -> Position:
-        """Return the position in the new stint's stream of examples.
 
-        The batch does not matter to it. Under another context length the text is cut into other
-        windows, in another order; the run goes on at the same part of the epoch.
-        """
-        if new.shape.model.seq_len == old.shape.model.seq_len:
-            return position
-        per_epoch = old.stream.examples_per_epoch, new.stream.examples_per_epoch
-        examples = position.examples * per_epoch[1] // per_epoch[0]
-        return dataclasses.replace(position, examples=examples)
+def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setup:
+    """Read the corpus and complete the plan; compile nothing and create no state yet.
 
-
-def prepare(settings: Settings, sources: Sources, run_dir: Path) -> Setup:
-    """Read the corpus and plan the run; nothing is compiled and no state is made yet.
+    Args:
+      plan: what is known about the run without corpus and devices.
+      sources: where each setting came from.
+      run_dir: the run's folder.
+      tables: the tables that define the run.
 
     Raises:
       InputError: bad input.
     """
-    corpus = _corpus(settings)
-    train_seq_len, seed = settings.data.seq_len, settings.run.seed
-    first = ExampleStream(corpus.train, seq_len=train_seq_len, seed=seed)
-    total = total_steps(settings, first.examples_per_epoch)
+    settings, task = plan.settings, tables.step.task
+    corpus = _corpus(plan)
+    streams = _streams(plan, corpus, task)
+    total = total_steps(settings, streams[plan.start.model.seq_len].examples_per_epoch)
     assert total is not None
     check_warmup(settings, sources, total)
-    mesh = make_mesh(settings.scale.mesh)
-    plan = make_plan(settings, mesh.shape, vocab_size=corpus.tokenizer.vocab_size, total=total)
-    _check_batches(mesh, corpus, plan)
-    device = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
-    print(f"jaxmorph on jax {jax.__version__}, {device}")
-    print(describe(settings, plan.start, total=total, corpus=corpus.description))
-    _say_plan(plan)
-    streams = {train_seq_len: first}
-    for seq_len in {stage.shape.model.seq_len for stage in plan.stages} - streams.keys():
-        streams[seq_len] = ExampleStream(corpus.train, seq_len=seq_len, seed=seed)
+    mesh = make_mesh(plan.mesh)
+    shape = mesh_shape(mesh)
+    plan = plan.completed(vocab_size=corpus.tokenizer.vocab_size, total=total, mesh=shape)
+    _check_validation(shape, corpus, plan, task)
+    _print_summary(plan, corpus, mesh, total)
+    kept = settings.run.keep_checkpoints
+
+    def validation_specs(shape: RunShape) -> list[Batch]:
+        return distinct_specs(_validation(task, corpus, plan, shape))
+
     return Setup(
-        settings=settings,
+        plan=plan,
         corpus=corpus,
         streams=streams,
-        plan=plan,
         total_steps=total,
         mesh=mesh,
-        compiler=StageCompiler(
-            plan, settings, mesh, total, lambda shape: _validation(corpus, plan, shape)[0].shape
-        ),
-        checkpoints=Checkpoints(
-            run_dir / "checkpoints", settings.run.keep_checkpoints, settings.run.keep_best
-        ),
+        compiler=StageCompiler(plan, mesh, validation_specs, tables),
+        checkpoints=Checkpoints(run_dir / "checkpoints", kept, settings.run.keep_best),
         run_dir=run_dir,
+        tables=tables,
     )
 
 
-def _corpus(settings: Settings) -> TokenizedCorpus:
+def _streams(plan: Plan, corpus: TokenizedCorpus, task: Task) -> dict[int, Stream]:
+    """Return the training examples by context length, for every one of the schedule."""
+    lengths, seed = {stage.shape.model.seq_len for stage in plan.stages}, plan.settings.run.seed
+    return {n: task.stream(corpus.train, seq_len=n, seed=seed) for n in sorted(lengths)}
+
+
+def _corpus(plan: Plan) -> TokenizedCorpus:
     """Return the corpus, long enough for every context length of the schedule."""
-    data = settings.data
-    plan = make_plan(settings, parse_mesh(settings.scale.mesh), vocab_size=None, total=None)
+    data = plan.settings.data
     return load_tokens(
         data.data,
         data.tokenizer,
@@ -162,9 +119,9 @@ def _corpus(settings: Settings) -> TokenizedCorpus:
     )
 
 
-def _validation(corpus: TokenizedCorpus, plan: Plan, shape: RunShape) -> list[np.ndarray]:
-    """Return the validation batches, of the starting batch size: an operation changes training's."""
-    return validation_batches(
+def _validation(task: Task, corpus: TokenizedCorpus, plan: Plan, shape: RunShape) -> list[Batch]:
+    """Return the validation batches, of the initial batch size, which operations do not change."""
+    return task.validation(
         corpus.val,
         seq_len=shape.model.seq_len,
         batch_size=plan.start.batch_size,
@@ -172,25 +129,25 @@ def _validation(corpus: TokenizedCorpus, plan: Plan, shape: RunShape) -> list[np
     )
 
 
-def _check_batches(mesh: Mesh, corpus: TokenizedCorpus, plan: Plan) -> None:
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if plan.start.batch_size % parts:
-        raise InputError(
-            "--batch_size", "", plan.start.batch_size, f"a multiple of the {parts} data devices"
-        )
+def _check_validation(mesh: MeshShape, corpus: TokenizedCorpus, plan: Plan, task: Task) -> None:
+    parts = mesh.batch_parts
     for stage in plan.stages:
-        rows = len(_validation(corpus, plan, stage.shape)[0])
-        if rows % parts:
-            raise InputError(
-                "--val_fraction",
-                "",
-                None,
-                f"more validation text: its {rows} windows of {stage.shape.model.seq_len} tokens "
-                f"do not divide over {parts} data devices",
-            )
+        for batch in _validation(task, corpus, plan, stage.shape):
+            rows = len(jax.tree.leaves(batch)[0])
+            if rows % parts:
+                raise InputError(
+                    "--val_fraction",
+                    "",
+                    None,
+                    f"more validation text: its {rows} windows of {stage.shape.model.seq_len} "
+                    f"tokens do not divide over {parts} data devices",
+                )
 
 
-def _say_plan(plan: Plan) -> None:
+def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) -> None:
+    device = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
+    print(f"jaxmorph on jax {jax.__version__}, {device}")
+    print(describe(plan.settings, plan.start, total=total, corpus=corpus.description))
     for stage in plan.stages:
         place = f"{stage.entry.number} of the schedule: " if stage.entry else ""
         for warning in stage.warnings:
@@ -198,4 +155,5 @@ def _say_plan(plan: Plan) -> None:
     if plan.entries:
         start, end = (parameter_count(plan.stages[k].shape.model) for k in (0, -1))
         grows = f", from {start:,} to {end:,} parameters" if start != end else ""
-        print(f"Schedule: {len(plan.entries)} operations{grows} (--dry_run shows each)")
+        count = f"{len(plan.entries)} operation{'s' * (len(plan.entries) > 1)}"
+        print(f"Schedule: {count}{grows} (--dry_run shows each)")

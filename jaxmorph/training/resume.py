@@ -1,84 +1,31 @@
-"""Going on with a run: what must be the same, what may have changed, and the state itself."""
+"""Resume a run: what must be the same, what may have changed, and the state itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.config.fields import changeable, values_of
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.growth.schedule import Entry, entry_sha256
 from jaxmorph.model import gpt
 from jaxmorph.model.blocks import Gates, Params
 from jaxmorph.model.tree_paths import from_leaves, leaves_by_path
-from jaxmorph.step.state import TrainState
+from jaxmorph.step.state import GATES, TrainState, gates_of
 from jaxmorph.storage.checkpoints import Checkpoints
-
-# What cannot change what has happened. Corpus and tokenizer are held to by the corpus's digest.
-CHANGEABLE = frozenset(
-    [
-        "max_steps",
-        "num_epochs",
-        "eval_interval",
-        "eval_iters",
-        "checkpoint_interval",
-        "keep_checkpoints",
-        "keep_best",
-        "log_interval",
-        "max_nonfinite_steps",
-        "run_dir",
-        "resume",
-        "dry_run",
-        "progress",
-        "tensorboard",
-        "wandb",
-        "wandb_project",
-        "data",
-        "cache_dir",
-        "mesh",
-        "allow_warmup_past_end",
-        "scaling_schedule_file",  # its entries are compared by themselves, see `check_schedule`
-        "allow_schedule_change",
-        "precompile",
-        "simulate_loss",
-    ]
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands, as the host counts it; part of every checkpoint.
-
-    Args:
-      step: optimizer steps taken.
-      examples: sequences read from the training stream of the present context length.
-      tokens: tokens trained on.
-      flops: floating-point operations spent on training.
-      val_loss: newest validation loss; None before the first, or where it was not finite.
-      next_operation: how many entries of the schedule have fired.
-      last_operation_step: the step at which the last one did; 0 before the first.
-      pending: what set off an operation that then could not be done; a resumed run tries it first.
-    """
-
-    step: int = 0
-    examples: int = 0
-    tokens: int = 0
-    flops: int = 0
-    val_loss: float | None = None
-    next_operation: int = 0
-    last_operation_step: int = 0
-    pending: Literal["loss", "timeout"] | None = None
+from jaxmorph.training.position import Position
+from jaxmorph.training.preparation import Setup
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRecord:
-    """What a checkpoint says of its run, beside the arrays."""
+    """What a checkpoint stores about its run besides the arrays."""
 
     position: Position
     model: ModelConfig
@@ -86,15 +33,26 @@ class CheckpointRecord:
     corpus_sha256: str
     schedule: list[dict[str, str]]  # name and sha256 of every entry, see `schedule_record`
 
+    @staticmethod
+    def of(setup: Setup, position: Position) -> CheckpointRecord:
+        """Return the record of a run at a position."""
+        return CheckpointRecord(
+            position,
+            setup.plan.stages[position.next_operation].shape.model,
+            same_json(values_of(setup.settings)),
+            setup.corpus.sha256,
+            schedule_record(setup.plan.entries),
+        )
+
     def to_meta(self) -> dict[str, Any]:
-        """Return the record as JSON can hold it."""
+        """Return the record as JSON values."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_meta(meta: Mapping[str, Any]) -> CheckpointRecord:
         """Return the record that `to_meta` wrote."""
         return CheckpointRecord(
-            Position(**meta["position"]),
+            Position.from_json(meta["position"]),
             ModelConfig(**meta["model"]),
             dict(meta["settings"]),
             meta["corpus_sha256"],
@@ -103,23 +61,23 @@ class CheckpointRecord:
 
 
 def schedule_record(entries: Sequence[Entry]) -> list[dict[str, str]]:
-    """Return what a checkpoint says of a schedule: the name and a digest of every entry."""
+    """Return what a checkpoint stores about a schedule: name and digest of every entry."""
     return [{"name": entry.name, "sha256": entry_sha256(entry)} for entry in entries]
 
 
 def check_schedule(
     record: CheckpointRecord, entries: Sequence[Entry], file: str, allow_change: bool
 ) -> list[str]:
-    """Return which entries differ from those the run knew, in words.
+    """Return a description of the entries that differ from the record's.
 
     Args:
-      record: the checkpoint's.
-      entries: the schedule now.
-      file: where it stands, for messages.
+      record: the checkpoint's record.
+      entries: the current schedule.
+      file: its file, for messages.
       allow_change: whether entries that have not fired may differ.
 
     Raises:
-      InputError: an entry that has fired was edited or is gone, or another one without permission.
+      InputError: an entry that has fired was edited or removed, or another one without permission.
     """
     now, fired, changes = schedule_record(entries), record.position.next_operation, []
     for number in range(1, max(len(now), len(record.schedule)) + 1):
@@ -147,7 +105,7 @@ def check_unchanged(
     """Return the settings that differ from the record's, as "name: old -> new".
 
     Raises:
-      InputError: one of them would change what has happened, or the corpus is another one.
+      InputError: one of them affects steps already taken, or the corpus is a different one.
     """
     changed = {
         name: (record.settings[name], value)
@@ -155,7 +113,7 @@ def check_unchanged(
         if name in record.settings and record.settings[name] != value
     }
     listed = [f"{name}: {old} -> {new}" for name, (old, new) in changed.items()]
-    if fixed := [name for name in changed if name not in CHANGEABLE]:
+    if fixed := [name for name in changed if not changeable(name)]:
         raise InputError(
             run_dir,
             ", ".join(fixed),
@@ -170,14 +128,38 @@ def check_unchanged(
     return [line for line in listed if line.partition(":")[0] not in ("resume", "run_dir")]
 
 
+def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
+    """Return the state and position of a checkpoint; some settings of the run may have changed.
+
+    Raises:
+      InputError: a change that affects steps already taken.
+    """
+    record = CheckpointRecord.from_meta(setup.checkpoints.read_meta(step))
+    settings = setup.settings
+    now = same_json(values_of(settings))
+    changes = check_unchanged(record, now, setup.corpus.sha256, str(setup.run_dir))
+    changes += check_schedule(
+        record,
+        setup.plan.entries,
+        str(settings.growth.scaling_schedule_file or "--scaling_schedule_file"),
+        settings.growth.allow_schedule_change,
+    )
+    programs = setup.compiler.uncompiled(record.position.next_operation)
+    state = restore_state(
+        setup.checkpoints, step, programs.abstract_state, programs.state_shardings
+    )
+    print(f"Resuming at step {step}." + "".join(f"\n  changed {line}" for line in changes))
+    return _with_total_steps(state, setup.total_steps), record.position
+
+
 def restore_state(
     checkpoints: Checkpoints, step: int, abstract: TrainState, shardings: TrainState
 ) -> TrainState:
-    """Return the state of a checkpoint, laid out as `shardings` says.
+    """Return the state of a checkpoint with the given shardings.
 
     Args:
-      checkpoints: the run's.
-      step: which one.
+      checkpoints: the run's checkpoints.
+      step: the step to restore.
       abstract: shapes and dtypes of the state.
       shardings: a sharding for each leaf.
     """
@@ -190,30 +172,25 @@ def restore_state(
 
 
 def restore_model(checkpoints: Checkpoints, step: int, config: ModelConfig) -> tuple[Params, Gates]:
-    """Return the parameters and gates of a checkpoint, on the first device, and nothing else of it."""
+    """Return only the parameters and gates of a checkpoint, on the first device."""
     abstract = jax.eval_shape(
         lambda: {
             "params": gpt.init(config, jax.random.key(0)),
-            "gates": gpt.open_gates(config),
+            "variables": {GATES[name]: gate for name, gate in gpt.open_gates(config).items()},
         }
     )
     restored = checkpoints.restore(step, leaves_by_path(abstract), part=True)
     whole = from_leaves(abstract, restored)
-    return whole["params"], whole["gates"]
+    return whole["params"], gates_of(whole["variables"])
 
 
-def with_total_steps(state: TrainState, total: int) -> TrainState:
-    """Return the state of a run whose length was changed: the schedule's end moves with it."""
-    like = state.knobs.total_steps
+def _with_total_steps(state: TrainState, total: int) -> TrainState:
+    """Return the state with the end of the learning-rate schedule moved to a changed run length."""
+    like = state["total_steps"]
     moved = jax.device_put(jnp.asarray(total, like.dtype), like.sharding)
-    return dataclasses.replace(state, knobs=dataclasses.replace(state.knobs, total_steps=moved))
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return a loss as a checkpoint records it."""
-    return value if math.isfinite(value) else None
+    return state.with_variables(total_steps=moved)
 
 
 def same_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping as it comes back from JSON, so that it can be compared with one that did."""
+    """Return a mapping after a JSON round trip, to compare it with one read from JSON."""
     return json.loads(json.dumps(value))

@@ -1,22 +1,16 @@
-"""The programs of a run's stages, compiled while the stage before them trains.
+"""The programs of a run's stages, compiled while the previous stage trains.
 
-A stage needs other programs than the one before where its architecture or its batch differs. Its
-step and evaluation, the morph that leads to it and the probe that compares the two are compiled in
-one background thread as soon as the stage before is running, so that the change itself costs about
-as much as a step.
+A stage needs other programs than the previous one if its architecture, its batch or its trained
+layers differ. Its step and evaluation, the morph to it and the probe that compares the two models
+are compiled in one background thread as soon as the previous stage is running, so that the change
+itself costs about as much as a step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import sys
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,220 +19,193 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import Settings
 from jaxmorph.growth.plan import Plan
 from jaxmorph.morphs import Report
-from jaxmorph.step.programs import Programs, Shape, make_programs
-from jaxmorph.step.sharding import batch_sharding, place_batch, replicated
-from jaxmorph.step.state import TrainState, new_state
+from jaxmorph.step.programs import Programs, make_programs
+from jaxmorph.step.sharding import batch_sharding, mesh_shape, place_batch, replicated
+from jaxmorph.step.state import Start, TrainState
+from jaxmorph.step.task import Batch
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.host_memory import available_memory
 from jaxmorph.training import transitions
+from jaxmorph.training.background import Background
+from jaxmorph.training.tables import Tables
 
-Key = tuple[str, int]  # "programs", "change" or "rehearsal", and the stage
-_LOWEST_PRIORITY = 19
 _PROBE_TOKENS = 256  # at most, per sequence
-_AHEAD = 2  # stages compiled beforehand: two operations may fire one right after the other
+_AHEAD = 2  # stages compiled ahead of time: two operations may fire in immediate succession
+
+
+class _Key(NamedTuple):
+    """A background task: "programs", "change" or "rehearsal", and the number of its stage."""
+
+    kind: str
+    stage: int
 
 
 @dataclass(frozen=True)
 class Change:
-    """The way to a stage by a morph, compiled.
+    """The compiled morph to a stage.
 
     Args:
-      morph: from the state before to (state, report, whether it is finite).
-      function_delta: (old parameters and gates, new ones, probe tokens) -> see `transitions`.
+      morph: from the old state to (state, report, whether it is finite).
+      function_delta: (old state, new state, probe tokens) -> see `transitions`.
       probe: shape of the probe tokens.
     """
 
     morph: Callable[[TrainState], tuple[TrainState, Report, jax.Array]]
     function_delta: Callable[..., jax.Array]
-    probe: Shape
+    probe: tuple[int, int]
 
 
 class StageCompiler:
-    """Compiles the programs of a plan's stages, each once, ahead of time where it can.
+    """Compile the programs of a plan's stages, each once, ahead of time if possible.
 
     Args:
-      plan: the run's stages.
-      settings: of the run.
-      mesh: where arrays lie.
-      total_steps: steps of the run.
-      validation_shape: (B, T + 1) of the validation batches of a stage.
+      plan: the run's completed plan.
+      mesh: the device mesh.
+      validation: shapes and dtypes of each distinct validation batch of a stage.
+      tables: the tables that define the run.
     """
 
     def __init__(
         self,
         plan: Plan,
-        settings: Settings,
         mesh: Mesh,
-        total_steps: int,
-        validation_shape: Callable[[RunShape], Shape],
+        validation: Callable[[RunShape], Sequence[Batch]],
+        tables: Tables,
     ):
-        self._plan, self._settings, self.mesh = plan, settings, mesh
-        self._total, self._validation_shape = total_steps, validation_shape
-        self._lazy: dict[int, Programs] = {}
-        self._futures: dict[Key, Future] = {}
-        self._wanted: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self.plan, self.mesh = plan, mesh
+        self._validation, self.tables = validation, tables
+        self._uncompiled: dict[int, Programs] = {}
+        self._background = Background(self._compile)
 
-    def lazy(self, index: int) -> Programs:
-        """Return the programs of stage `index`, not compiled yet; the same ones each time."""
-        if index not in self._lazy:
-            self._lazy[index] = self._traced(index)
-        return self._lazy[index]
-
-    def _traced(self, index: int) -> Programs:
-        shape = self._plan.stages[index].shape
-        return make_programs(
-            shape.model,
-            self._settings.optimizer,
-            self.mesh,
-            lambda optimizer: new_state(
-                shape.model,
-                self._settings,
-                optimizer,
-                warmup_steps=shape.warmup_steps,
-                total_steps=self._total,
-            ),
-        )
+    def uncompiled(self, index: int) -> Programs:
+        """Return the programs of stage `index`, not yet compiled; the same objects each time."""
+        if index not in self._uncompiled:
+            assert self.plan.total_steps is not None
+            shape = self.plan.stages[index].shape
+            start = Start(self.plan.settings, shape, self.plan.total_steps)
+            self._uncompiled[index] = make_programs(start, self.mesh, self.tables.step)
+        return self._uncompiled[index]
 
     def initial_state(self) -> TrainState:
         """Return the state before the first step."""
-        init: Any = self.lazy(0).init
+        init: Any = self.uncompiled(0).init
         return init.lower().compile(_quick_compilation(self.mesh.devices.flat[0].platform))()
 
     def programs(self, index: int) -> Programs:
-        """Return the step and the evaluation of stage `index`, compiled now unless they are already.
+        """Return the step and the evaluation of stage `index`, compiled now if they are not yet.
 
         Raises:
-          Exception: what compiling them raised, such as a lack of memory.
+          Exception: what compiling them raised, such as out of memory.
         """
-        self._futures.pop(("rehearsal", index), None)  # who asks wants to run them now
-        return self._result(("programs", self._home(index)))
+        # The caller runs them now.
+        self._background.forget(lambda key: key == _Key("rehearsal", index))
+        return self._background.result(_Key("programs", self._first_with_programs_of(index)))
 
     def change(self, index: int) -> Change:
-        """Return the morph that leads to stage `index`, compiled now unless it is already.
+        """Return the morph to stage `index`, compiled now if it is not yet.
 
         Raises:
           Exception: see `programs`.
         """
-        return self._result(("change", index))
+        return self._background.result(_Key("change", index))
 
     def prefetch_after(self, index: int) -> None:
-        """Begin to compile the stages after `index`, in the background; forget those before it."""
-        for gone in [key for key in self._futures if key[1] < self._home(index)]:
-            del self._futures[gone]
-        if self._settings.growth.precompile == "off":
+        """Compile the stages after `index` in the background; drop those before it."""
+        oldest = self._first_with_programs_of(index)
+        self._background.forget(lambda key: key.stage < oldest)
+        if self.plan.settings.growth.precompile == "off":
             return
-        later = [self._work_for(k) for k in range(index + 1, len(self._plan.stages))]
-        for key in (key for work in [w for w in later if w][:_AHEAD] for key in work):
-            if key not in self._futures:
-                self._futures[key] = Future()
-                self._wanted.put(key)
-        if self._thread is None and not self._wanted.empty():
-            x64 = jax.config.read("jax_enable_x64")
-            self._thread = threading.Thread(target=self._work, args=(x64,), daemon=True)
-            self._thread.start()
+        later = [self._work_for(k) for k in range(index + 1, len(self.plan.stages))]
+        self._background.want(key for work in [w for w in later if w][:_AHEAD] for key in work)
+
+    def wait(self) -> None:
+        """Wait for all background compilations."""
+        self._background.wait()
 
     def close(self) -> None:
-        """Wait for the compilation under way: a process must not end in the middle of one."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._wanted.get_nowait()
-        self._wanted.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        """Wait for the running compilation: a process must not exit in the middle of one."""
+        self._background.close()
 
-    def _work(self, x64: bool) -> None:
-        """Compile what is wanted; x64 is a thread's own setting in JAX."""
-        if sys.platform == "linux":  # there, of this thread alone: steps come first
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-        with jax.enable_x64(x64):
-            while (key := self._wanted.get()) is not None:
-                if (future := self._futures.get(key)) is not None:
-                    self._fulfil(key, future)
-
-    def _result(self, key: Key) -> Any:
-        if key not in self._futures:
-            self._futures[key] = Future()
-            self._fulfil(key, self._futures[key])
-        return self._futures[key].result()
-
-    def _fulfil(self, key: Key, future: Future) -> None:
-        kind, index = key
+    def _compile(self, key: _Key) -> Any:
         work: dict[str, Callable[[int], Any]] = {
             "programs": self._compile_programs,
             "change": self._compile_change,
             "rehearsal": self._rehearse,
         }
-        try:
-            future.set_result(work[kind](index))
-        except BaseException as error:
-            future.set_exception(error)
+        return work[key.kind](key.stage)
 
-    def _work_for(self, index: int) -> list[Key]:
-        """Return what there is to do for the operation that leads to stage `index`."""
-        entry = self._plan.stages[index].entry
+    def _work_for(self, index: int) -> list[_Key]:
+        """Return the background tasks for the operation that leads to stage `index`."""
+        entry = self.plan.stages[index].entry
         morph = entry is not None and entry.operation.kind == "morph"
-        programs = self._home(index) == index
-        keys = [("programs", index)] * programs + [("change", index)] * morph
-        return [*keys, ("rehearsal", index)] if morph and self._can_rehearse() else keys
+        kinds = ["programs"] * (self._first_with_programs_of(index) == index)
+        kinds += ["change"] * morph + ["rehearsal"] * (morph and self._can_rehearse())
+        return [_Key(kind, index) for kind in kinds]
 
-    def _home(self, index: int) -> int:
+    def _first_with_programs_of(self, index: int) -> int:
         """Return the first stage with the same programs as stage `index`."""
-        stages = self._plan.stages
+        stages = self.plan.stages
         return next((k for k in range(index, 0, -1) if stages[k].recompiles), 0)
 
+    def _batch(self, shape: RunShape) -> Batch:
+        return self.tables.step.task.spec(shape.batch_size, shape.model.seq_len)
+
     def _compile_programs(self, index: int) -> Programs:
-        shape = self._plan.stages[index].shape
-        batch = (shape.batch_size, shape.model.seq_len + 1)
-        programs = self.lazy(index).compiled(batch, self._validation_shape(shape))
+        shape = self.plan.stages[index].shape
+        programs = self.uncompiled(index).compiled(self._batch(shape), self._validation(shape))
         crash_point("compiling")
         return programs
 
     def _compile_change(self, index: int) -> Change:
-        entry = self._plan.stages[index].entry
-        assert entry is not None
-        old, new = (self._plan.stages[k].shape.model for k in (index - 1, index))
-        before, after, everywhere = self.lazy(index - 1), self.lazy(index), replicated(self.mesh)
-
-        def change(state: TrainState) -> tuple[TrainState, Report, jax.Array]:
-            return transitions.morphed(entry, old, new, after.optimizer, state)
-
+        old, new = (self.plan.stages[k] for k in (index - 1, index))
+        assert new.entry is not None
+        before, after, everywhere = (
+            self.uncompiled(index - 1),
+            self.uncompiled(index),
+            replicated(self.mesh),
+        )
+        change = transitions.Morphing(
+            new.entry, old.shape, new.shape, self.tables.morphs[new.entry.name], self.tables.step
+        )
         morph = jax.jit(
-            change,
+            lambda state: change(state, after.optimizer),
             in_shardings=(before.state_shardings,),
             out_shardings=(after.state_shardings, None, everywhere),
         ).trace(before.abstract_state)
         _check_same(morph.out_info[0], after.abstract_state)
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        probe = (rows, min(old.seq_len, new.seq_len, _PROBE_TOKENS))
-        models = [(p.state_shardings.params, p.state_shardings.gates) for p in (before, after)]
+        models = old.shape.model, new.shape.model
+        probe = (
+            mesh_shape(self.mesh).batch_parts,
+            min(*(model.seq_len for model in models), _PROBE_TOKENS),
+        )
         delta = jax.jit(
-            lambda *arguments: transitions.function_delta(old, new, *arguments),
-            in_shardings=(*models, batch_sharding(self.mesh)),
+            lambda *arguments: transitions.function_delta(*models, *arguments),
+            in_shardings=(
+                before.state_shardings,
+                after.state_shardings,
+                batch_sharding(self.mesh),
+            ),
             out_shardings=everywhere,
         )
-        abstract = [(p.abstract_state.params, p.abstract_state.gates) for p in (before, after)]
         tokens = jax.ShapeDtypeStruct(probe, jnp.int32)
         return Change(
             morph.lower().compile(),
-            delta.lower(*abstract, tokens).compile(),
+            delta.lower(before.abstract_state, after.abstract_state, tokens).compile(),
             probe,
         )
 
     def _can_rehearse(self) -> bool:
-        """Whether programs may run beside the step: on one CPU device, as others take turns."""
+        """Whether programs may run during a step: only on a single CPU device; others take turns."""
         devices = self.mesh.devices
         return devices.size == 1 and devices.flat[0].platform == "cpu"
 
     def _rehearse(self, index: int) -> None:
-        """Run the morph to stage `index` and the programs there once, on zeros, if memory is plenty."""
-        before, after = self.lazy(index - 1), self.lazy(index)
+        """Run the morph to stage `index` and its programs once, on zeros, if there is enough memory."""
+        before, after = self.uncompiled(index - 1), self.uncompiled(index)
         programs, change = self.programs(index), self.change(index)
-        shape, accumulate = self._plan.stages[index].shape, cast(Compiled, programs.accumulate)
+        shape, accumulate = self.plan.stages[index].shape, cast(Compiled, programs.accumulate)
         working = accumulate.memory_analysis()
         needed = _size((before.abstract_state, after.abstract_state, after.abstract_state.params))
         needed += 0 if working is None else working.temp_size_in_bytes
@@ -250,17 +217,20 @@ class StageCompiler:
             before.state_shardings,
         )
         new, _, _ = change.morph(state)
-        shapes = change.probe, (shape.batch_size, shape.model.seq_len + 1)
-        probe, batch, validation = (
-            place_batch(self.mesh, np.zeros(tokens, np.int32))
-            for tokens in (*shapes, self._validation_shape(shape))
-        )
-        models = (state.params, state.gates), (new.params, new.gates)
-        results: list[Any] = [change.function_delta(*models, probe)]
-        if self._home(index) == index:  # else they are those of now, which have run
+        probe = jax.ShapeDtypeStruct(change.probe, jnp.int32)
+        results: list[Any] = [change.function_delta(state, new, self._zeros(probe))]
+        if (
+            self._first_with_programs_of(index) == index
+        ):  # otherwise the current programs, which have run
+            batch = self._zeros(self._batch(shape))
             results.append(programs.accumulate(new, programs.zero_sums(), batch, np.int32(0)))
-            results.append(programs.evaluate(new.params, new.gates, validation))
+            results += [programs.evaluate(new, self._zeros(b)) for b in self._validation(shape)]
         jax.block_until_ready(results)
+
+    def _zeros(self, spec: Batch) -> Batch:
+        return place_batch(
+            self.mesh, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
+        )
 
 
 def _size(abstract: Any) -> int:
@@ -269,7 +239,7 @@ def _size(abstract: Any) -> int:
 
 
 def _check_same(got: Any, wanted: Any) -> None:
-    """Check a morph's result against a new state of the architecture: structure, shapes, dtypes."""
+    """Check a morph's result against a fresh state of the architecture: structure, shapes, dtypes."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted), "another structure"
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True
@@ -278,14 +248,14 @@ def _check_same(got: Any, wanted: Any) -> None:
 
 
 def _quick_compilation(platform: str) -> dict[str, Any]:
-    """Return XLA's options for a program that runs once: compiling it takes longer than running it.
+    """Return XLA's options for a program that runs once, where compile time dominates.
 
-    On CPU, without LLVM's optimisations and, in jaxlib 0.10, with the emitters that need least time,
-    drawing the initial parameters compiles about eight times as fast.
+    On CPU, without LLVM's optimisations and, in jaxlib 0.10, with the fastest emitters, the
+    initialisation of parameters compiles about eight times as fast.
     """
     if platform != "cpu":
         return {}
     options: dict[str, Any] = {"xla_backend_optimization_level": 0}
-    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):  # later ones do not know it
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11):  # later versions lack the option
         options["xla_cpu_use_fusion_emitters"] = False
     return options

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from jaxmorph.cli.command_line import parse, parse_command, run_door
+from jaxmorph.cli.command_line import parse, parse_command, run_command
 from jaxmorph.cli.errors import InputError
 
 
@@ -146,26 +146,26 @@ def test_sub_command_parses_its_own_flags():
     ],
 )
 def test_help_exits_with_0_and_groups_the_flags(capsys, argv, parts):
-    assert run_door(lambda: parse_command(COMMANDS, argv, "prog", "Do it.")) == 0
+    assert run_command(lambda: parse_command(COMMANDS, argv, "prog", "Do it.")) == 0
     shown, complaints = capsys.readouterr()
     assert [part for part in parts if part not in shown] == []
     assert complaints == ""
 
 
-def test_door_reports_bad_input_with_status_2_and_nothing_else(capsys):
+def test_command_reports_bad_input_with_status_2_and_nothing_else(capsys):
     def refuses():
         raise InputError("a\nb.yaml", "n_heads", 5, "a divisor of d_model (384)")
 
-    assert run_door(refuses) == 2
+    assert run_command(refuses) == 2
     wanted = "error: a b.yaml: n_heads: got 5, expected a divisor of d_model (384)\n"
     assert capsys.readouterr() == ("", wanted)
 
 
-def test_door_passes_on_a_status_and_other_errors():
-    assert run_door(lambda: 143) == 143
-    assert run_door(lambda: None) == 0
+def test_command_passes_on_a_status_and_other_errors():
+    assert run_command(lambda: 143) == 143
+    assert run_command(lambda: None) == 0
     with pytest.raises(ZeroDivisionError):
-        run_door(lambda: 1 // 0)
+        run_command(lambda: 1 // 0)
 
 
 def into_a_pipe_without_a_reader(argv, both=False, unbuffered=""):
@@ -184,7 +184,7 @@ def into_a_pipe_without_a_reader(argv, both=False, unbuffered=""):
         os.close(writer)
 
 
-WRITES = "import sys; from jaxmorph.cli.command_line import run_door; sys.exit(run_door({}))"
+WRITES = "import sys; from jaxmorph.cli.command_line import run_command; sys.exit(run_command({}))"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -197,12 +197,12 @@ WRITES = "import sys; from jaxmorph.cli.command_line import run_door; sys.exit(r
         ["-c", WRITES.format("lambda: print('more than a buffer ' * 10_000, flush=True)")],
     ],
 )
-def test_door_ends_in_silence_when_its_reader_has_left(argv, unbuffered):
+def test_command_ends_in_silence_when_its_reader_has_left(argv, unbuffered):
     done = into_a_pipe_without_a_reader(argv, unbuffered=unbuffered)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_door_without_a_reader_of_its_error_ends_the_same_way():
+def test_command_without_a_reader_of_its_error_ends_the_same_way():
     done = into_a_pipe_without_a_reader(["-m", "jaxmorph.plot", "nonsense"], both=True)
     assert done.returncode == 141
 
@@ -212,4 +212,4 @@ def test_other_broken_pipes_are_not_taken_for_it(capfd):
         raise BrokenPipeError(32, "Broken pipe")
 
     with pytest.raises(BrokenPipeError):
-        run_door(writes_to_a_process_that_died)
+        run_command(writes_to_a_process_that_died)

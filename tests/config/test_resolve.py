@@ -7,14 +7,12 @@ from pathlib import Path
 import pytest
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.resolve import (
-    FIELDS,
-    check_warmup,
-    parse_mesh,
-    resolve,
-    to_yaml,
-    values_of,
-)
+from jaxmorph.config.checks import check_warmup
+from jaxmorph.config.fields import fields_of, values_of
+from jaxmorph.config.mesh import MeshShape, parse_mesh
+from jaxmorph.config.resolve import resolve
+from jaxmorph.config.settings import Settings
+from jaxmorph.config.settings_file import to_yaml
 from jaxmorph.config.start import total_steps, warmup_steps
 from jaxmorph.train import main
 
@@ -203,7 +201,7 @@ def test_written_settings_read_back_as_the_same(tmp_path):
 def test_every_flag_is_in_the_help(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert [name for name in FIELDS if f"--{name}" not in printed] == []
+    assert [name for name in fields_of(Settings) if f"--{name}" not in printed] == []
 
 
 def test_help_and_refusals_import_no_jax():
@@ -265,8 +263,13 @@ def test_warmup_past_the_end_can_be_permitted():
 
 
 def test_mesh_is_read_in_any_order():
-    assert parse_mesh(" tensor=2, data=4") == {"data": 4, "fsdp": 1, "tensor": 2}
-    assert parse_mesh("") == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert parse_mesh(" tensor=2, data=4") == MeshShape(data=4, fsdp=1, tensor=2)
+    assert parse_mesh("") is None
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+    assert MeshShape(data=2, fsdp=3, tensor=5).batch_parts == 6
+    assert MeshShape().batch_parts == 1
 
 
 def test_shipped_configs_resolve():

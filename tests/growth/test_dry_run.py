@@ -1,22 +1,38 @@
 """The dry run: memory by optimizer, the report of a walk, loss curves and what fires on them."""
 
+import dataclasses
+import json
 import math
 
 import jax
 import numpy as np
 import pytest
-from test_operations import make_shape
-from test_schedule import ONE, entries, entry
+from schedule_entries import (
+    ONE,
+    entries,
+    entry,
+    make_shape,
+    random_schedules,
+    schedule_of,
+    step_by_step,
+)
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.wording import short_flops
 from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.growth.dry_run import read_curve, simulate, simulation_report, walk_report
-from jaxmorph.growth.schedule import due, walk
+from jaxmorph.growth.plan import walk
 from jaxmorph.model import gpt
-from jaxmorph.model.architecture import flops_per_token, gpt_signatures, parameter_count
+from jaxmorph.model.architecture import (
+    flops_per_token,
+    gpt_axis_sizes,
+    gpt_signatures,
+    parameter_count,
+)
+from jaxmorph.model.trainable import trainable_of
 from jaxmorph.step.memory import memory
 from jaxmorph.step.optimizer import make_optimizer
+from jaxmorph.train import main
 
 OPTIMIZERS = ("adamw", "muon", "lion", "sgd", "adafactor")
 
@@ -26,14 +42,15 @@ OPTIMIZERS = ("adamw", "muon", "lion", "sgd", "adafactor")
 @pytest.mark.parametrize("rank", [0, 8])
 def test_memory_is_what_the_optimizer_holds(name, width, rank):
     ranks = {"attn_lora_rank": rank, "vocab_lora_rank": rank, "lora_base": "trained"}
-    config = make_shape(d_model=width, **ranks).model
+    shape = make_shape(d_model=width, **ranks)
+    config = shape.model
     settings = OptimizerSettings(optimizer=name)
-    optimizer = make_optimizer(settings, gpt_signatures(config))
+    optimizer = make_optimizer(settings, trainable_of(shape))
     params = jax.eval_shape(lambda: gpt.init(config, jax.random.key(0)))
     state = jax.eval_shape(optimizer.init, params)
     # The smallest are counts, muon's three coefficients and what adafactor puts for nothing.
     held = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 3)
-    found = memory(config, settings)
+    found = memory(shape, settings)
     assert found.optimizer == 4 * held
     assert found.parameters == found.gradients == 4 * parameter_count(config)
     assert found.total == 4 * (2 * parameter_count(config) + held)
@@ -42,15 +59,20 @@ def test_memory_is_what_the_optimizer_holds(name, width, rank):
 def test_memory_of_wider_numbers_and_of_a_frozen_base():
     shape, adamw = make_shape(), OptimizerSettings()
     trained = make_shape(lora_base="trained")
-    assert (
-        memory(make_shape(dtype="float64").model, adamw).total
-        == 2 * memory(shape.model, adamw).total
-    )
+    assert memory(make_shape(dtype="float64"), adamw).total == 2 * memory(shape, adamw).total
     frozen_entries = 4 * 4 * 64 * 64 + 50 * 64
-    saved = memory(trained.model, adamw).optimizer - memory(shape.model, adamw).optimizer
+    saved = memory(trained, adamw).optimizer - memory(shape, adamw).optimizer
     assert saved == 4 * 2 * frozen_entries
+    saved = memory(trained, adamw).gradients - memory(shape, adamw).gradients
+    assert saved == 4 * frozen_entries
+    # Two of four layers frozen: half of what the blocks hold.
+    half = dataclasses.replace(trained, frozen_layers=(0, 2))
+    saved = memory(trained, adamw).gradients - memory(half, adamw).gradients
+    signatures, sizes = gpt_signatures(trained.model), gpt_axis_sizes(trained.model)
+    stacked = [s.shape(sizes) for s in signatures.values() if s.stacked]
+    assert saved == 4 * sum(math.prod(shape) for shape in stacked) // 2
     sgd = OptimizerSettings(optimizer="sgd", beta1=0.0)
-    assert memory(shape.model, sgd).optimizer == 0
+    assert memory(shape, sgd).optimizer == 0
 
 
 def _cells(report: str, title: str) -> list[list[str]]:
@@ -70,7 +92,8 @@ def test_walk_report_says_what_every_stage_is():
         entry("stack_layers", 2.0, reevaluate=True, options={"order": "middle"}),
         entry("change_lr", 0.5, trigger_loss=None),
         entry("change_batch_size", 1.25, max_wait_iters=None),
-        entry("merge_lora_weights", None),
+        entry("merge_lora_weights", None, trigger_plateau=4),
+        entry("change_lr", 2.0, trigger_plateau=1, trigger_loss=None, max_wait_iters=None),
     )
     stages = walk(rows, make_shape(), ONE, "file")
     report = walk_report(stages, OptimizerSettings())
@@ -86,7 +109,14 @@ def test_walk_report_says_what_every_stage_is():
         ],
         ["2", "change_lr 0.5", "after 100 steps", "no", "yes"],
         ["3", "change_batch_size 1.25", "below 3", "yes", "yes"],
-        ["4", "merge_lora_weights", "below 3 or after 100 steps", "no", "yes"],
+        [
+            "4",
+            "merge_lora_weights",
+            "below 3 or after 4 evaluations without improvement or after 100 steps",
+            "no",
+            "yes",
+        ],
+        ["5", "change_lr 2", "after 1 evaluation without improvement", "no", "yes"],
     ]
     header, *models = _cells(report, "Models")
     assert [row[0] for row in models] == ["0", "1"]
@@ -100,18 +130,18 @@ def test_walk_report_says_what_every_stage_is():
         assert found["context"] == "48"
         assert found["parameters"] == f"{parameter_count(config):,}"
         assert found["FLOPs/token"] == short_flops(flops_per_token(config))
-        megabytes = memory(config, OptimizerSettings()).total / 1e6
+        megabytes = memory(stage.shape, OptimizerSettings()).total / 1e6
         assert found["memory"] == f"{megabytes:.3g}MB"
     header, *training = _cells(report, "Training")
-    assert [row[0] for row in training] == ["0", "2", "3"]
+    assert [row[0] for row in training] == ["0", "2", "3", "5"]
     last = dict(zip(header, training[-1], strict=True))
     assert last == {
-        "stage": "3",
+        "stage": "5",
         "batch": "12",
         "accum.": "3",
         "tokens/step": "1,728",
-        "lr ×": "1",
-        "peak lr": "0.001",
+        "lr ×": "2",
+        "peak lr": "0.002",
         "warmup": "50",
         "alpha": "32",
         "eval iters": "7",
@@ -197,57 +227,94 @@ SIMULATIONS = {
 def test_simulation_fires_as_the_contract_says(name):
     curve, triggers, total, expected = SIMULATIONS[name]
     rows = [entry(trigger_loss=loss, max_wait_iters=wait) for loss, wait in triggers]
-    firings = simulate(entries(*rows), curve, total)
+    firings = simulate(entries(*rows), curve, min_change=0.0, total=total)
     assert [firing.entry.number for firing in firings] == [*range(1, len(expected) + 1)]
     assert [(f.step, f.reason, f.val_loss, f.waited) for f in firings] == expected
 
 
-def _step_by_step(schedule, curve, total):
-    """The contract read literally: every step of the run, one after the other."""
-    losses, fired, last, newest = dict(curve), [], 0, None
-    for step in range(total + 1):
-        heard = losses.get(step)
-        newest = newest if heard is None else heard
-        while len(fired) < len(schedule):
-            reason = due(schedule[len(fired)], step, last, heard)
-            if reason is None:
-                break
-            fired.append((step, reason))
-            last, heard = step, newest
-    return fired
+# curve, (evaluations to wait for, re-evaluates) of each entry, (step, loss) of each firing; 10 % counts
+PLATEAUS = {
+    "at the n-th without improvement": (
+        [(0, 5.0), (10, 4.0), (20, 3.9), (30, 4.1)],
+        [(2, False)],
+        [(30, 4.1)],
+    ),
+    "an improvement begins again": (
+        [(0, 5.0), (10, 4.9), (20, 4.0), (30, 3.9), (40, 3.8)],
+        [(2, False)],
+        [(40, 3.8)],
+    ),
+    "an operation begins again": (
+        # After the first at 20 there is no best: 4.1 becomes it.
+        [(0, 4.0), (10, 4.0), (20, 4.0), (30, 4.1), (40, 4.1), (50, 4.1)],
+        [(2, False), (2, False)],
+        [(20, 4.0), (50, 4.1)],
+    ),
+    "a re-evaluated loss is the first best": (
+        [(0, 4.0), (10, 4.0), (20, 4.0), (30, 4.1), (40, 4.1), (50, 4.1)],
+        [(2, True), (2, False)],
+        [(20, 4.0), (40, 4.1)],
+    ),
+    "a re-evaluation that is not finite is none": (
+        [(0, 4.0), (10, math.nan), (20, 4.1), (30, 4.1)],
+        [(1, True), (1, False)],
+        [(10, math.nan), (30, 4.1)],
+    ),
+    "the first is not finite": ([(0, math.nan), (10, 4.0)], [(1, False)], [(0, math.nan)]),
+}
+
+
+@pytest.mark.parametrize("name", PLATEAUS)
+def test_simulation_of_a_loss_that_stands_still(name):
+    curve, triggers, expected = PLATEAUS[name]
+    none = {"trigger_loss": None, "max_wait_iters": None}
+    rows = [entry(trigger_plateau=n, reevaluate=again, **none) for n, again in triggers]
+    firings = simulate(entries(*rows), curve, min_change=0.1)
+    assert {firing.reason for firing in firings} == {"plateau"}
+    np.testing.assert_equal([(f.step, f.val_loss) for f in firings], expected)
 
 
 def test_simulation_is_that_of_every_step():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        total = int(rng.integers(5, 60))
-        steps = np.flatnonzero(rng.random(total) < 0.3).tolist() or [0]
-        curve = [(step, float(rng.choice([1.0, 2.0, 3.0, math.nan]))) for step in steps]
-        triggers = [
-            (float(rng.integers(1, 4)) + 0.5, int(rng.integers(1, 12)))
-            for _ in range(rng.integers(1, 6))
+    reasons = set()
+    for rows, curve, total, min_change in random_schedules(10_000):
+        firings = simulate(schedule_of(rows), curve, min_change=min_change, total=total)
+        found = [
+            (f.step, f.reason, math.nan if f.val_loss is None else f.val_loss, f.waited)
+            for f in firings
         ]
-        rows = [
-            entry(
-                trigger_loss=loss if rng.random() < 0.7 else None,
-                max_wait_iters=wait,
-            )
-            for loss, wait in triggers
-        ]
-        schedule = entries(*rows)
-        found = [(f.step, f.reason) for f in simulate(schedule, curve, total)]
-        assert found == _step_by_step(schedule, curve, total)
+        expected = step_by_step(rows, curve, total, min_change)
+        assert repr(found) == repr(expected), (rows, curve, min_change)  # as NaN is not NaN
+        reasons |= {(firing.reason, firing.entry.reevaluate) for firing in firings}
+    assert len(reasons) == 6
 
 
 def test_simulation_report_names_what_fires_and_what_does_not():
-    schedule = entries(entry(), entry("stack_layers", 2.0, trigger_loss=1.0, max_wait_iters=None))
-    firings = simulate(schedule, [(0, 5.0), (50, 2.5)], 200)
+    schedule = entries(
+        entry(),
+        entry("widen_mlp", 2.0, trigger_plateau=1, max_wait_iters=None, trigger_loss=None),
+        entry("stack_layers", 2.0, trigger_loss=1.0, max_wait_iters=None),
+    )
+    curve = [(0, 5.0), (50, 2.5), (60, 2.5), (70, 2.49)]
+    firings = simulate(schedule, curve, min_change=0.1, total=200)
     rows = [line.split() for line in simulation_report(schedule, firings, 200).splitlines()[1:]]
     assert rows == [
         ["entry", "operation", "step", "reason", "loss", "waited"],
         ["1", "change_lr", "50", "loss", "2.5", "50"],
-        ["2", "stack_layers", "-", "not", "by", "step", "200", "-", "-"],
+        ["2", "widen_mlp", "70", "plateau", "2.49", "20"],
+        ["3", "stack_layers", "-", "not", "by", "step", "200", "-", "-"],
     ]
+
+
+def test_dry_run_simulates_the_schedule_on_a_curve(tmp_path, capsys):
+    row = entry(trigger_plateau=2, trigger_loss=None, max_wait_iters=None)
+    (tmp_path / "schedule.json").write_text(json.dumps([row]))
+    (tmp_path / "curve.csv").write_text("step,loss\n0,5\n10,4\n20,3.5\n30,3\n40,2.9\n")
+    argv = ["--dry_run", "--max_steps", "90", "--simulate_loss", str(tmp_path / "curve.csv")]
+    argv += ["--scaling_schedule_file", str(tmp_path / "schedule.json")]
+    for min_change, fired in ((0.25, ["40", "plateau"]), (0.15, ["-", "not", "by", "step", "90"])):
+        assert main([*argv, "--plateau_min_change", str(min_change)]) == 0
+        last = capsys.readouterr().out.splitlines()[-1].split()
+        assert last[: 2 + len(fired)] == ["1", "change_lr", *fired]
 
 
 def test_curve_is_read(tmp_path):

@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from small_models import resolved
+from schedule_entries import make_shape
 
 from jaxmorph.config.run_shape import OperationError, RunShape, scaled_count, whole_product
-from jaxmorph.config.start import model_config
 from jaxmorph.growth.operations import OPERATIONS, describe_operations
 
 DOCUMENTED = [
@@ -36,32 +35,6 @@ SET = [
     "lora_alpha",
     "seq_len",
 ]
-
-
-def make_shape(**changes) -> RunShape:
-    """4 layers × 64, 4 heads × 16, MLP 96, rotary, context 48, ranks 16 and 8, batch 10."""
-    settings = resolved("--n_layers", "4", "--d_model", "64", "--n_heads", "4", "--d_ff", "96")
-    model = dataclasses.replace(
-        model_config(settings, 50),
-        seq_len=48,
-        positions="rotary",
-        attn_lora_rank=16,
-        vocab_lora_rank=8,
-    )
-    model_fields = {field.name for field in dataclasses.fields(model)}
-    sizes = {name: size for name, size in changes.items() if name in model_fields}
-    shape = RunShape(
-        model=dataclasses.replace(model, **sizes),
-        batch_size=10,
-        grad_accum_steps=3,
-        eval_iters=7,
-        eval_interval=100,
-        warmup_steps=50,
-        learning_rate=1e-3,
-        lr_multiplier=2.0,
-        lora_alpha=32.0,
-    )
-    return dataclasses.replace(shape, **{n: c for n, c in changes.items() if n not in sizes})
 
 
 def difference(before: RunShape, after: RunShape) -> dict:
@@ -139,14 +112,19 @@ REFUSED = [
     ("stack_layers", 2.5, {}, {"n_layers": 0}, ["2.5", "a whole number of layers"]),
     ("widen_mlp", 1.013, {}, {"d_ff": 64}, ["64 × 1.013 = 64.832", "1.015625 gives 65"]),
     ("widen_mlp", 1.0, {}, {}, ["> 1"]),
+    ("widen_heads", 0.5, {}, {}, ["> 1"]),
+    ("widen_embed", 1, {}, {}, ["≥ 2"]),
     ("widen_heads", 1.1, {}, {}, ["n_heads", "1.25 gives 5"]),
     ("widen_embed", 2.5, {}, {}, ["2.5", "whole multiple", "2 or 3"]),
     ("widen_embed", 2, {"recipe": "split"}, {}, ["options: recipe", "'split'", "one of even"]),
     ("change_seq_len", 1.01, {}, {}, ["48 × 1.01 = 48.48", "1.0208333333333333 gives 49"]),
     ("change_seq_len", 2, {}, {"positions": "learned"}, ["48 learned positions", "96", "rotary"]),
+    ("set_seq_len", 0, {}, {}, ["whole number", "≥ 1"]),
+    ("set_seq_len", 6.5, {}, {}, ["whole number"]),
     ("set_seq_len", 49, {}, {"positions": "learned"}, ["49", "48 learned positions"]),
     ("decrease_attn_lora_scaling", 1.05, {}, {}, ["16 × 1.05 = 16.8", "1.0625 gives 17"]),
     ("decrease_attn_lora_scaling", 8, {}, {}, ["from 1 to 64", "16 × 8 = 128", "4 gives 64"]),
+    ("decrease_vocab_lora_scaling", 0.1, {}, {}, ["vocab_lora_rank", "from 1"]),
     ("decrease_attn_lora_scaling", 0.03, {}, {}, ["0.0625 gives 1"]),
     (
         "decrease_attn_lora_scaling",

@@ -5,44 +5,19 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from test_operations import make_shape
+from schedule_entries import GOOD, ONE, entries, entry, make_shape, without
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.resolve import parse_mesh, resolve
+from jaxmorph.config.mesh import parse_mesh
+from jaxmorph.config.resolve import resolve
 from jaxmorph.growth.operations import OPERATIONS
-from jaxmorph.growth.plan import make_plan
-from jaxmorph.growth.schedule import (
-    Entry,
-    due,
-    entry_sha256,
-    load_schedule,
-    schedule_json,
-    walk,
-)
+from jaxmorph.growth.plan import make_plan, walk
+from jaxmorph.growth.schedule import Entry, entry_sha256, load_schedule, schedule_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-GOOD = {
-    "name": "change_lr",
-    "value": 0.5,
-    "trigger_loss": 3.0,
-    "max_wait_iters": 100,
-    "reevaluate": False,
-}
-ONE = parse_mesh("")
-
-
-def entry(name: Any = "change_lr", value: Any = 0.5, **changes) -> dict:
-    return GOOD | {"name": name, "value": value} | changes
-
-
-def without(name: str) -> dict:
-    return {key: value for key, value in GOOD.items() if key != name}
-
-
 # The second of two entries is wrong: (the entry, operation named, field named, further words).
 MALFORMED_ENTRIES = {
     "unknown operation": (entry("widen_mpl"), "widen_mpl", "name", ["did you mean 'widen_mlp'"]),
@@ -90,11 +65,11 @@ MALFORMED_ENTRIES = {
     "fewer layers": (entry("stack_layers", 0.5), "stack_layers", "value", ["0.5", "≥ 1"]),
     "no trigger": (
         entry(trigger_loss=None, max_wait_iters=None), "change_lr", "trigger_loss",
-        ["max_wait_iters, or both"],
+        ["trigger_loss, trigger_plateau, max_wait_iters"],
     ),
     "no trigger at all": (
         {"name": "change_lr", "value": 2.0, "reevaluate": True}, "change_lr", "trigger_loss",
-        ["max_wait_iters, or both"],
+        ["trigger_loss, trigger_plateau, max_wait_iters"],
     ),
     "text for a trigger": (entry(trigger_loss="3"), "change_lr", "trigger_loss", ["'3'"]),
     "bool for a trigger": (entry(trigger_loss=True), "change_lr", "trigger_loss", ["True"]),
@@ -108,6 +83,31 @@ MALFORMED_ENTRIES = {
     "negative wait": (entry(max_wait_iters=-5), "change_lr", "max_wait_iters", ["-5", "≥ 1"]),
     "zero wait": (entry(max_wait_iters=0), "change_lr", "max_wait_iters", ["got 0", "≥ 1"]),
     "infinite wait": (entry(max_wait_iters=math.inf), "change_lr", "max_wait_iters", ["whole"]),
+    "fraction for a plateau": (
+        entry(trigger_plateau=2.5), "change_lr", "trigger_plateau", ["2.5", "a whole number ≥ 1"],
+    ),
+    "float for a plateau": (entry(trigger_plateau=3.0), "change_lr", "trigger_plateau", ["3.0"]),
+    "bool for a plateau": (entry(trigger_plateau=True), "change_lr", "trigger_plateau", ["True"]),
+    "text for a plateau": (entry(trigger_plateau="3"), "change_lr", "trigger_plateau", ["'3'"]),
+    "list for a plateau": (entry(trigger_plateau=[3]), "change_lr", "trigger_plateau", ["[3]"]),
+    "zero plateau": (entry(trigger_plateau=0), "change_lr", "trigger_plateau", ["got 0", "≥ 1"]),
+    "negative plateau": (entry(trigger_plateau=-1), "change_lr", "trigger_plateau", ["-1", "≥ 1"]),
+    "plateau past 32 bits": (
+        entry(trigger_plateau=2**31), "change_lr", "trigger_plateau", ["≤ 2.14748e+09"],
+    ),
+    "NaN for a plateau": (
+        entry(trigger_plateau=math.nan), "change_lr", "trigger_plateau", ["nan", "whole"],
+    ),
+    "infinite plateau": (
+        entry(trigger_plateau=math.inf), "change_lr", "trigger_plateau", ["inf", "whole"],
+    ),
+    "misspelt plateau": (
+        entry(triger_plateau=3), "change_lr", "field", ["did you mean 'trigger_plateau'"],
+    ),
+    "three triggers of null": (
+        entry(trigger_loss=None, max_wait_iters=None, trigger_plateau=None), "change_lr",
+        "trigger_loss", ["a trigger: one of trigger_loss, trigger_plateau, max_wait_iters"],
+    ),
     "number for reevaluate": (entry(reevaluate=1), "change_lr", "reevaluate", ["true or false"]),
     "text for reevaluate": (entry(reevaluate="no"), "change_lr", "reevaluate", ["'no'"]),
     "null for reevaluate": (entry(reevaluate=None), "change_lr", "reevaluate", ["'null'"]),
@@ -260,7 +260,7 @@ def test_operation_the_shape_cannot_take_is_refused(name, tmp_path):
         walk(
             load_schedule(path),
             make_shape(**({"lr_multiplier": 2.0} | changes)),
-            parse_mesh(mesh),
+            parse_mesh(mesh) or ONE,
             str(path),
             1000,
         )
@@ -336,7 +336,7 @@ def test_there_are_more_than_sixty_malformed_schedules():
     assert len(MALFORMED_ENTRIES) + len(IMPOSSIBLE) + len(MALFORMED_FILES) > 100
 
 
-def test_the_train_door_refuses_every_malformed_schedule_without_jax(tmp_path):
+def test_the_train_command_refuses_every_malformed_schedule_without_jax(tmp_path):
     schedules = {f"entry {name}": [GOOD, row] for name, (row, *_) in MALFORMED_ENTRIES.items()}
     for number, rows in enumerate(schedules.values()):
         (tmp_path / f"{number}.json").write_text(json.dumps(rows))
@@ -378,7 +378,7 @@ def test_json_and_yaml_say_the_same(tmp_path):
     assert loaded == load_schedule(tmp_path / "a.json")
     assert loaded == (
         Entry(
-            "stack_layers", 2.0, 0.5, None, True, "deeper",
+            OPERATIONS["stack_layers"], 2.0, 0.5, None, True, None, "deeper",
             {"recipe": "masked", "anneal_steps": 7}, 1,
         ),
     )  # fmt: skip
@@ -390,6 +390,17 @@ def test_one_trigger_may_be_left_out(tmp_path):
     first, second = load_schedule(path)
     assert (first.trigger_loss, first.max_wait_iters) == (None, 100)
     assert (second.trigger_loss, second.max_wait_iters) == (3.0, None)
+    assert first.trigger_plateau is second.trigger_plateau is None
+
+
+@pytest.mark.parametrize("name", ["trigger_loss", "max_wait_iters", "trigger_plateau"])
+def test_any_one_trigger_will_do(name, tmp_path):
+    triggers = ("trigger_loss", "max_wait_iters", "trigger_plateau")
+    row = {key: value for key, value in entry().items() if key not in triggers} | {name: 4}
+    rows = [row, row | {other: None for other in triggers if other != name}]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(rows))
+    for one in load_schedule(tmp_path / "a.yaml"):
+        assert {key: getattr(one, key) for key in triggers} == dict.fromkeys(triggers) | {name: 4}
 
 
 def test_completed_is_let_pass_with_a_warning(tmp_path):
@@ -398,10 +409,6 @@ def test_completed_is_let_pass_with_a_warning(tmp_path):
     stages = walk(load_schedule(path), make_shape(), ONE, str(path))
     assert [len(stage.warnings) for stage in stages] == [0, 1, 0]
     assert "completed is ignored" in stages[1].warnings[0]
-
-
-def entries(*rows: dict) -> tuple[Entry, ...]:
-    return tuple(Entry(**row, number=number) for number, row in enumerate(rows, 1))
 
 
 def test_walk_follows_the_shapes():
@@ -421,7 +428,7 @@ def test_walk_follows_the_shapes():
     assert [stage.shape.model.d_ff for stage in stages] == [96] * 5 + [144]
     assert [stage.shape.batch_size for stage in stages] == [10, 10, 10, 16, 16, 16]
     assert [stage.shape.lr_multiplier for stage in stages] == [2, 2, 1, 1, 1, 1]
-    assert [stage.architecture for stage in stages] == [0, 1, 1, 1, 1, 2]
+    assert [stage.number for stage in stages] == [0, 1, 2, 3, 4, 5]
     assert [stage.recompiles for stage in stages] == [False, True, False, True, False, True]
     assert [stage.exact for stage in stages] == [True, False, True, True, True, False]
     assert [stage.warnings for stage in stages] == [()] * 6
@@ -450,33 +457,6 @@ def test_warmup_past_the_end_is_checked_only_with_an_end():
     assert walk(row, make_shape(), ONE, "file", 1001)[1].shape.warmup_steps == 1000
 
 
-# trigger, wait, steps since the last operation, loss, what is due
-DUE = [
-    (3.0, 100, 5, 2.9, "loss"),
-    (3.0, 100, 5, 3.0, None),
-    (3.0, 100, 5, None, None),
-    (3.0, 100, 99, 3.1, None),
-    (3.0, 100, 100, 3.1, "timeout"),
-    (3.0, 100, 100, None, "timeout"),
-    (3.0, 100, 101, None, "timeout"),
-    (3.0, 100, 100, 2.0, "loss"),
-    (3.0, None, 10**6, 3.1, None),
-    (None, 100, 5, 0.1, None),
-    (None, 100, 100, 0.1, "timeout"),
-    (3.0, None, 5, math.nan, None),
-    (3.0, None, 5, -math.inf, None),
-    (3.0, None, 5, math.inf, None),
-    (3.0, 5, 5, math.nan, "timeout"),
-]
-
-
-@pytest.mark.parametrize(("trigger", "wait", "since", "loss", "reason"), DUE)
-def test_entry_is_due_as_the_contract_says(trigger, wait, since, loss, reason):
-    (one,) = entries(entry(trigger_loss=trigger, max_wait_iters=wait))
-    for last in (0, 1234):
-        assert due(one, last + since, last, loss) == reason
-
-
 def test_digest_is_of_what_an_entry_does(tmp_path):
     variants = [
         entry(),
@@ -486,6 +466,8 @@ def test_digest_is_of_what_an_entry_does(tmp_path):
         entry(trigger_loss=None),
         entry(max_wait_iters=99),
         entry(reevaluate=True),
+        entry(trigger_plateau=3),
+        entry(trigger_plateau=4),
         entry("stack_layers", 2),
         entry("stack_layers", 2, options={"order": "middle"}),
     ]
@@ -498,10 +480,14 @@ def test_digest_is_of_what_an_entry_does(tmp_path):
     assert [entry_sha256(one) for one in load_schedule(path)] == digests
     path.write_text(json.dumps(variants).replace('"value": 2,', '"value": 2.0,'))
     assert [entry_sha256(one) for one in load_schedule(path)] == digests
+    path.write_text(json.dumps([{"trigger_plateau": None} | row for row in variants]))
+    assert [entry_sha256(one) for one in load_schedule(path)] == digests
 
 
 def test_written_schedule_reads_the_same(tmp_path):
-    for path in sorted((CONFIGS / "schedules").iterdir()):
+    standing = entry(trigger_plateau=5, trigger_loss=None, max_wait_iters=None)
+    (tmp_path / "plateau.json").write_text(json.dumps([standing, entry(trigger_plateau=1)]))
+    for path in (tmp_path / "plateau.json", *sorted((CONFIGS / "schedules").iterdir())):
         loaded = load_schedule(path)
         (tmp_path / "copy.json").write_text(schedule_json(loaded))
         assert load_schedule(tmp_path / "copy.json") == loaded
@@ -530,7 +516,7 @@ def test_provided_schedule_walks_from_its_config(name):
     settings, _ = resolve(
         ["--config", str(CONFIGS / config), "--data", "stdlib", *schedule, *flags]
     )
-    plan = make_plan(settings, ONE, vocab_size=256, total=10_000)
+    plan = make_plan(settings, ONE).completed(vocab_size=256, total=10_000)
     last = plan.stages[-1].shape.model
     sizes = (last.n_layers, last.d_model, last.n_heads, last.d_ff)
     assert (*sizes, last.attn_lora_rank, last.vocab_lora_rank) == end

@@ -29,7 +29,7 @@ def _forward(config):
 
 def _logits(config, params, tokens, gates=None):
     gates = gpt.open_gates(config) if gates is None else gates
-    return _forward(config)(params, jnp.asarray(tokens), gates=gates)
+    return _forward(config)(params, jnp.asarray(tokens), gates=gates).logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -58,7 +58,7 @@ def test_the_gradient_of_every_parameter_is_the_slope_of_the_reference(variant):
         params, gates = _made(config), gpt.open_gates(config)
 
         def value(params):
-            return gpt.loss(config, params, jnp.asarray(tokens), gates=gates)[0]
+            return gpt.measure(config, params, jnp.asarray(tokens), gates=gates)["loss"].value
 
         gradients = flat(jax.jit(jax.grad(value))(params))
 
@@ -118,7 +118,8 @@ def _loss_and_gradient(config):
     gates, key = gpt.open_gates(config), jax.random.key(7)
 
     def value(params):
-        return gpt.loss(config, params, tokens, gates=gates, dropout_key=key)
+        found = gpt.measure(config, params, tokens, gates=gates, dropout_key=key)
+        return found["loss"].value, found["accuracy"].value
 
     return jax.jit(jax.value_and_grad(value, has_aux=True))(params)
 
@@ -219,7 +220,7 @@ def test_dropout_drops_at_its_rate_and_only_with_a_key():
 
     @jax.jit
     def run(key):
-        return gpt.forward(config, params, tokens, gates=gates, dropout_key=key)
+        return gpt.forward(config, params, tokens, gates=gates, dropout_key=key).logits
 
     expected = reference_logits(config, params, np.asarray(tokens))
     np.testing.assert_allclose(run(None), expected, atol=2e-5)

@@ -9,7 +9,6 @@ from jaxmorph.config.resolve import resolve
 from jaxmorph.config.start import model_config
 from jaxmorph.model.architecture import (
     flops_per_token,
-    frozen_parameters,
     gpt_axis_sizes,
     gpt_signatures,
     lora_adapters,
@@ -24,6 +23,7 @@ from jaxmorph.model.signatures import (
     parse_signature,
     parse_table,
 )
+from jaxmorph.model.trainable import frozen_parameters
 
 
 @pytest.mark.parametrize(

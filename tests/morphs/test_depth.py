@@ -14,6 +14,7 @@ from growing import (
     gradient_of,
     grown_config,
     logits_of,
+    morphed,
     setting_up,
     updates_after,
     with_gradient_moments,
@@ -23,11 +24,10 @@ from small_models import VARIANTS, flat, small_tokens
 
 from jaxmorph import morphs
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.run_shape import OperationError
 from jaxmorph.model import gpt
 from jaxmorph.model.architecture import gpt_signatures
-from jaxmorph.morphs import gpt as gpt_morphs
 from jaxmorph.morphs.gpt.depth import RECIPES
+from jaxmorph.step.state import gates_of
 
 pytestmark = pytest.mark.usefixtures("quick_random_bits")
 KEY = jax.random.key(0, impl="rbg")
@@ -36,8 +36,8 @@ OPTIMIZERS = ("adamw", "muon", "lion", "sgd", "adafactor")
 
 
 def _stacked(config, state, optimizer, **options) -> tuple[Any, Any, morphs.Report]:
-    call: Any = {"value": 2, "key": KEY} | options
-    return gpt_morphs.stack_layers(config, state, optimizer, **call)
+    layers = options.pop("n_layers", 2 * config.n_layers)
+    return morphed("stack_layers", config, state, optimizer, KEY, n_layers=layers, **options)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_weights_moments_and_gates_come_from_the_layer_that_was_copied(order, re
     config = grown_config(dtype="float32", n_layers=4)
     _, state = setting_up(config)
     adam, state = with_gradient_moments(config, state)
-    _, grown, report = _stacked(config, state, adam, order=order, recipe=recipe, value=1.5)
+    _, grown, report = _stacked(config, state, adam, order=order, recipe=recipe, n_layers=6)
     change = morphs.repeat("layer", 4, 6, order=order)
     source, new = change.source, np.flatnonzero(change.is_copy)
     trees = [(state.params, grown.params)]
@@ -120,11 +120,11 @@ def test_weights_moments_and_gates_come_from_the_layer_that_was_copied(order, re
                 fresh += 0 if number == 0 else expected[new].size
             np.testing.assert_allclose(found[path], expected, rtol=1e-5)
     assert report.totals["fresh"] == fresh
-    gate = np.asarray(state.gates["layer"])[source]
+    gate = np.asarray(state["layer_gate"])[source]
     if recipe == "masked":
         gate[new] = 0
-    np.testing.assert_array_equal(grown.gates["layer"], gate)
-    np.testing.assert_array_equal(grown.gates["head"], np.asarray(state.gates["head"])[source])
+    np.testing.assert_array_equal(grown["layer_gate"], gate)
+    np.testing.assert_array_equal(grown["head_gate"], np.asarray(state["head_gate"])[source])
 
 
 def test_moments_of_copies_can_be_fresh_or_all_of_them_restarted():
@@ -157,9 +157,9 @@ def test_from_no_layers(variant):
         cache = gpt.empty_cache(config, 2)
         extend = jax.jit(functools.partial(gpt.extend, config))
         tokens, start = jnp.asarray(small_tokens(2, 12)), jnp.zeros((), jnp.int32)
-        extended, _ = extend(state.params, cache, tokens, start, gates=state.gates)
+        extended, _ = extend(state.params, cache, tokens, start, gates=gates_of(state.variables))
         for recipe in RECIPES:
-            deep, grown, report = _stacked(config, state, optimizer, recipe=recipe, value=3)
+            deep, grown, report = _stacked(config, state, optimizer, recipe=recipe, n_layers=3)
             assert deep.n_layers == 3
             fresh = jax.eval_shape(lambda deep=deep: optimizer.init(gpt.init(deep, KEY)))
             chex.assert_trees_all_equal_shapes_and_dtypes(grown.opt_state, fresh)
@@ -167,7 +167,7 @@ def test_from_no_layers(variant):
                 assert function_delta(after, logits_of(deep, grown)) < 1e-12
             blocks = sum(leaf.size for leaf in jax.tree.leaves(grown.params["blocks"]))
             assert report.totals["fresh"] == 2 * blocks
-            np.testing.assert_array_equal(grown.gates["layer"], float(recipe != "masked"))
+            np.testing.assert_array_equal(grown["layer_gate"], float(recipe != "masked"))
         np.testing.assert_allclose(extended, after, atol=1e-9)
 
 
@@ -178,7 +178,9 @@ def test_state_is_shaped_as_a_fresh_one_and_goes_on(optimizer, n_layers):
         config = grown_config(n_layers=n_layers)
         rule, state = setting_up(config, optimizer=optimizer, grad_clip=1.0, weight_decay=0.1)
         state, _ = updates_after(config, rule, state, 1)
-        deep, grown, report = _stacked(config, state, rule, recipe="identity")
+        deep, grown, report = _stacked(
+            config, state, rule, recipe="identity", n_layers=n_layers + 2
+        )
         chex.assert_trees_all_equal_shapes_and_dtypes(grown.opt_state, rule.init(grown.params))
         leaves = jax.tree.leaves(grown.opt_state)
         assert sum(report.totals.values()) == sum(leaf.size for leaf in leaves)
@@ -193,27 +195,28 @@ def test_first_steps_of_new_layers_do_not_overshoot(n_layers, beta2):
     optimizer, state = setting_up(config, beta2=beta2)
     state, _ = updates_after(config, optimizer, state, 60)
     for blocks in ("copied", "fresh") if n_layers else ("fresh",):
-        deep, grown, _ = _stacked(config, state, optimizer, recipe="identity", blocks=blocks)
+        layers = n_layers + 2
+        deep, grown, _ = _stacked(
+            config, state, optimizer, recipe="identity", blocks=blocks, n_layers=layers
+        )
         _, updates = updates_after(deep, optimizer, grown, 20)
         worst = worst_ratio(deep, "layer", n_layers, updates)
         assert max(worst.values()) <= 1.5, (blocks, worst)
 
 
 @pytest.mark.parametrize(
-    ("n_layers", "options", "error", "words"),
+    ("options", "words"),
     [
-        (2, {"value": 1.3}, OperationError, ["n_layers", "1.5 gives 3"]),
-        (2, {"value": 1}, OperationError, ["at least 3"]),
-        (0, {"value": 2.5}, OperationError, ["whole number of layers"]),
-        (2, {"order": "stak"}, InputError, ["did you mean 'stack'"]),
-        (2, {"recipe": "identiy"}, InputError, ["did you mean 'identity'"]),
-        (2, {"blocks": "new"}, InputError, ["one of copied, fresh"]),
+        ({"n_layers": 2}, ["more than its size now, 2"]),
+        ({"order": "stak"}, ["did you mean 'stack'"]),
+        ({"recipe": "identiy"}, ["did you mean 'identity'"]),
+        ({"blocks": "new"}, ["one of copied, fresh"]),
     ],
 )
-def test_what_cannot_be_stacked_is_refused(n_layers, options, error, words):
-    config = grown_config(dtype="float32", n_layers=n_layers)
+def test_what_cannot_be_stacked_is_refused(options, words):
+    config = grown_config(dtype="float32")
     optimizer, state = setting_up(config)
-    with pytest.raises(error) as raised:
+    with pytest.raises(InputError) as raised:
         _stacked(config, state, optimizer, **options)
     for word in words:
         assert word in str(raised.value)

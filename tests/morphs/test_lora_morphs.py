@@ -13,6 +13,7 @@ from growing import (
     gradient_of,
     grown_config,
     logits_of,
+    morphed,
     setting_up,
     updates_after,
     with_gradient_moments,
@@ -20,10 +21,8 @@ from growing import (
 )
 from small_models import VARIANTS, flat
 
-from jaxmorph.config.run_shape import OperationError
 from jaxmorph.model import gpt
 from jaxmorph.model.architecture import gpt_signatures, lora_adapters
-from jaxmorph.morphs import gpt as gpt_morphs
 
 pytestmark = pytest.mark.usefixtures("quick_random_bits")
 KEY = jax.random.key(5, impl="rbg")
@@ -43,11 +42,15 @@ def _rescaled(config, state, optimizer, value: float) -> tuple[Any, Any, list]:
     reports = []
     for axis in RANKS:
         if getattr(config, RANKS[axis]):
-            name = axis.removesuffix("_rank")
-            morph = getattr(gpt_morphs, f"decrease_{name}_lora_scaling")
-            config, state, report = morph(config, state, optimizer, value=value, key=KEY)
+            name = f"decrease_{axis.removesuffix('_rank')}_lora_scaling"
+            size = {RANKS[axis]: int(getattr(config, RANKS[axis]) * value)}
+            config, state, report = morphed(name, config, state, optimizer, KEY, **size)
             reports.append(report)
     return config, state, reports
+
+
+def _merged(config, state, optimizer, key: Any = KEY) -> tuple[Any, Any, Any]:
+    return morphed("merge_lora_weights", config, state, optimizer, key)
 
 
 def _products(config, params) -> dict[str, np.ndarray]:
@@ -72,29 +75,28 @@ def test_merging_and_larger_ranks_keep_the_function(variant):
         config = grown_config(**ADAPTED[variant])
         optimizer, state = setting_up(config)
         before = logits_of(config, state)
-        same, merged, _ = gpt_morphs.merge_lora_weights(config, state, optimizer, key=KEY)
-        assert same == config
+        _, merged, _ = _merged(config, state, optimizer)
         assert function_delta(before, logits_of(config, merged)) < 1e-12
         wide, grown, reports = _rescaled(config, state, optimizer, 2)
         doubled = {name: 2 * getattr(config, name) for name in RANKS.values()}
         assert wide == dataclasses.replace(config, **doubled)
         assert function_delta(before, logits_of(wide, grown)) < 1e-12
         assert not any(report.errors for report in reports)
-        no_detour = dataclasses.replace(state, gates={**state.gates, "lora_alpha": jnp.zeros(())})
+        no_detour = state.with_variables(lora_alpha=jnp.zeros(()))
         assert function_delta(before, logits_of(config, no_detour)) > 1e-2
 
 
-def test_merging_begins_adapters_anew_and_leaves_other_moments():
+def test_merging_reinitialises_adapters_and_leaves_other_moments():
     with jax.enable_x64(True):
         config = grown_config(**ADAPTED["both trained"])
         adam, state = with_gradient_moments(config, setting_up(config)[1])
-        _, merged, report = gpt_morphs.merge_lora_weights(config, state, adam, key=KEY)
+        _, merged, report = _merged(config, state, adam)
         old, new, products = (
             flat(state.params),
             flat(merged.params),
             _products(config, state.params),
         )
-        alpha = float(state.gates["lora_alpha"])
+        alpha = float(state["lora_alpha"])
         for path, leaf in old.items():
             if path in products:
                 expected = leaf + alpha * products[path].reshape(leaf.shape)
@@ -116,9 +118,7 @@ def test_merging_begins_adapters_anew_and_leaves_other_moments():
                 np.testing.assert_array_equal(after[path], before[path])
         assert report.totals["fresh"] == 2 * sum(old[path].size for path in adapters)
         assert report.totals["reset"] == 0
-        _, other, _ = gpt_morphs.merge_lora_weights(
-            config, state, adam, key=jax.random.fold_in(KEY, 1)
-        )
+        _, other, _ = _merged(config, state, adam, key=jax.random.fold_in(KEY, 1))
         assert all((flat(other.params)[p] != new[p]).any() for p in adapters if new[p].any())
         chex.assert_trees_all_equal_shapes_and_dtypes(merged, state)
 
@@ -161,8 +161,8 @@ def test_a_smaller_rank_is_the_best_approximation_and_says_what_is_lost():
         small, shrunk, reports = _rescaled(config, state, adam, 0.5)
         assert (small.attn_lora_rank, small.vocab_lora_rank) == (2, 3)
         shrink = jax.jit(
-            lambda state, key: gpt_morphs.decrease_attn_lora_scaling(
-                config, state, adam, value=0.5, key=key
+            lambda state, key: morphed(
+                "decrease_attn_lora_scaling", config, state, adam, key, attn_lora_rank=2
             )[1:]
         )
         compiled, report = shrink(state, KEY)
@@ -256,7 +256,7 @@ def test_a_gpt_without_layers_has_its_adapters_changed_too():
             config, state, (report,) = _rescaled(config, state, optimizer, value)
             _assert_shaped_as_new(config, optimizer, state)
             assert all(float(e) == 0 for e in report.errors.values())
-        config, state, _ = gpt_morphs.merge_lora_weights(config, state, optimizer, key=KEY)
+        config, state, _ = _merged(config, state, optimizer)
         _assert_shaped_as_new(config, optimizer, state)
 
 
@@ -275,7 +275,7 @@ def test_state_is_shaped_as_a_fresh_one_and_goes_on(optimizer):
         state, _ = updates_after(config, rule, state, 1)
         for change in ("up", "down", "merge"):
             if change == "merge":
-                after, changed, last = gpt_morphs.merge_lora_weights(config, state, rule, key=KEY)
+                after, changed, last = _merged(config, state, rule)
                 reports = [last]
             else:
                 value = 2 if change == "up" else 0.5
@@ -301,30 +301,7 @@ def test_first_steps_of_new_adapters_do_not_overshoot():
                 old = getattr(config, field) if value > 1 else 0
                 worst = worst_ratio(after, axis, old, updates)
                 assert max(worst.values()) <= 1.5, (value, worst)
-        _, merged, _ = gpt_morphs.merge_lora_weights(config, state, optimizer, key=KEY)
+        _, merged, _ = _merged(config, state, optimizer)
         _, updates = updates_after(config, optimizer, merged, 20)
         worst = [max(worst_ratio(config, axis, 0, updates).values()) for axis in RANKS]
         assert 1.5 < max(worst) < 3
-
-
-@pytest.mark.parametrize(
-    ("adapters", "name", "value", "words"),
-    [
-        ({}, "merge", None, ["LoRA adapters"]),
-        (VOCAB, "attn", 2, ["attn_lora_rank is 0"]),
-        (ATTN, "vocab", 2, ["vocab_lora_rank is 0"]),
-        (ATTN, "attn", 1.3, ["attn_lora_rank", "1.25 gives 5"]),
-        (ATTN, "attn", 8, ["to 16"]),
-        (VOCAB, "vocab", 0.1, ["vocab_lora_rank", "from 1"]),
-    ],
-)
-def test_what_cannot_be_done_is_refused(adapters, name, value, words):
-    config = grown_config(n_layers=0, dtype="float32", **adapters)
-    optimizer, state = setting_up(config)
-    merge: Any = gpt_morphs.merge_lora_weights
-    change: Any = merge if name == "merge" else getattr(gpt_morphs, f"decrease_{name}_lora_scaling")
-    options = {} if value is None else {"value": value}
-    with pytest.raises(OperationError) as raised:
-        change(config, state, optimizer, key=KEY, **options)
-    for word in words:
-        assert word in str(raised.value)

@@ -1,4 +1,4 @@
-"""Run folders read back, figures and reports made of them, and the plot door end to end."""
+"""Run folders read back, figures and reports made of them, and the plot command end to end."""
 
 import base64
 import html.parser
@@ -15,9 +15,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.cli.wording import duration, short, short_flops
+from jaxmorph.cli.wording import aligned, duration, short, short_flops
 from jaxmorph.plot import main
-from jaxmorph.report.figures import loss_figure, rendered, run_figures, smoothed
+from jaxmorph.report.drawing import rendered, smoothed
+from jaxmorph.report.figures import loss_figure, run_figures
 from jaxmorph.report.page import write_report
 from jaxmorph.report.run_record import read_run, throughput
 from jaxmorph.report.schedule_figure import schedule_figure
@@ -674,3 +675,13 @@ def test_short_flops_and_durations():
         "4 min 09 s",
         "3 h 05 min",
     ]
+
+
+def test_tables_set_numbers_right_and_words_left():
+    rows = [("name", "n", "when"), ("a", "10", "at 3"), ("long name", "–", "-2.5")]
+    assert aligned(rows) == [
+        "  name        n  when",
+        "  a          10  at 3",
+        "  long name   –  -2.5",
+    ]
+    assert aligned(rows[:2], indent=0, gap=3) == ["name    n   when", "a      10   at 3"]

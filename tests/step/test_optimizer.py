@@ -14,6 +14,7 @@ from small_models import VARIANTS, flat, shaken, small_config
 from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.model import gpt
 from jaxmorph.model.architecture import gpt_signatures
+from jaxmorph.model.trainable import Trainable
 from jaxmorph.model.tree_paths import parameter_path
 from jaxmorph.step.optimizer import global_norm, group_labels, make_optimizer
 
@@ -31,7 +32,7 @@ def _setting_up(config=None):
 
 
 def _run(settings, signatures, params, gradients, rates):
-    optimizer = make_optimizer(settings, signatures)
+    optimizer = make_optimizer(settings, Trainable(signatures))
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     for gradient, rate in zip(gradients, rates, strict=True):
@@ -158,7 +159,7 @@ def test_groups_follow_from_signatures(variant):
 def test_every_state_leaf_is_a_count_or_mirrors_a_parameter(name):
     config = small_config()
     signatures, params = _setting_up(config)
-    optimizer = make_optimizer(_settings(optimizer=name, grad_clip=1.0), signatures)
+    optimizer = make_optimizer(_settings(optimizer=name, grad_clip=1.0), Trainable(signatures))
     shapes = {path: s.shape for path, s in flat(params).items()}
     state = optimizer.init(params)
     mirrored = set()
@@ -175,7 +176,7 @@ def test_every_state_leaf_is_a_count_or_mirrors_a_parameter(name):
 
 def test_learning_rate_is_traced():
     signatures, params = _setting_up(small_config())
-    optimizer = make_optimizer(_settings(), signatures)
+    optimizer = make_optimizer(_settings(), Trainable(signatures))
     update = jax.jit(chex.assert_max_traces(optimizer.update, n=1))
     state = optimizer.init(params)
     gradient = _gradients(params, 1)[0]

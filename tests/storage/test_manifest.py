@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmorph
 from jaxmorph.storage.manifest import (
     describe_leaves,
     problem_of,
@@ -26,7 +27,7 @@ def make(folder, step, score=0.25):
     (folder / "meta.json").write_text(json.dumps({"step": step, "text": "é" * 20}))
     (folder / "state" / "manifest.ocdbt").write_bytes(bytes(range(256)))
     (folder / "state" / "d" / "empty").write_bytes(b"")
-    write_manifest(folder, step, describe_leaves(LEAVES), state_sha256(LEAVES), score)
+    write_manifest(folder, step, describe_leaves(LEAVES), state_sha256(LEAVES), score, 7)
     return folder
 
 
@@ -54,6 +55,7 @@ def test_manifest_holds_what_other_programs_compute(tmp_path):
     folder = make(tmp_path / "2", 2)
     read = json.loads((folder / "manifest.json").read_text())
     assert read["leaves"] == {"w": ["bfloat16", [2, 3]], "step": ["int32", []]}
+    assert (read["format"], read["jaxmorph"]) == (7, jaxmorph.__version__)
     assert (read["step"], read["score"], read["state_sha256"]) == (2, 0.25, state_sha256(LEAVES))
     assert set(read["files"]) == {"meta.json", "state/manifest.ocdbt", "state/d/empty"}
     for name, sums in read["files"].items():

@@ -34,22 +34,27 @@ from operation_cases import (
 )
 from small_models import flat, resolved
 
+from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.growth.operations import OPERATIONS
 from jaxmorph.growth.plan import Plan, make_plan
 from jaxmorph.model import gpt
-from jaxmorph.model.architecture import frozen_parameters, gpt_signatures
+from jaxmorph.model.architecture import gpt_signatures
+from jaxmorph.model.trainable import frozen_parameters
 from jaxmorph.model.tree_paths import leaves_by_path
 from jaxmorph.step.programs import Programs
 from jaxmorph.step.sharding import make_mesh, place_batch
-from jaxmorph.step.state import TrainState
+from jaxmorph.step.state import VARIABLES, TrainState, gates_of
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.storage.manifest import state_sha256
 from jaxmorph.training import transitions
-from jaxmorph.training.orchestrator import Performed, perform
-from jaxmorph.training.resume import Position, restore_state
+from jaxmorph.training.adjustments import ADJUSTMENTS, adjusted
+from jaxmorph.training.operate import OperationResult, perform
+from jaxmorph.training.position import Position
+from jaxmorph.training.resume import restore_state
 from jaxmorph.training.stages import StageCompiler
+from jaxmorph.training.tables import Tables
 
 CASES: list[Any] = [*TUNINGS, *MORPHS]
 LABELS = [case.label if isinstance(case, Morph) else case.name for case in CASES]
@@ -80,8 +85,8 @@ class Compiler(StageCompiler):
     shared: dict[Any, Programs] = {}  # noqa: RUF012
 
     def _compile_programs(self, index: int) -> Programs:
-        shape, optimizer = self._plan.stages[index].shape, self._settings.optimizer
-        key = (shape.model, shape.batch_size, optimizer, self.mesh)
+        shape, optimizer = self.plan.stages[index].shape, self.plan.settings.optimizer
+        key = (shape.program_key, optimizer, self.mesh)
         if key not in self.shared:
             self.shared[key] = super()._compile_programs(index)
         return self.shared[key]
@@ -100,20 +105,21 @@ def _compiler_of_base(
     base: str, mesh: str = "data=1", schedule: Path | None = None
 ) -> tuple[Plan, Compiler]:
     """The plan of a run, without a schedule that of a single stage, and its compiler."""
-    settings, devices = resolved(*BASES[base]), make_mesh(mesh)
+    settings, devices = resolved(*BASES[base]), make_mesh(parse_mesh(mesh))
     file = None if schedule is None else str(schedule)
     growth = dataclasses.replace(settings.growth, scaling_schedule_file=file)
     settings = dataclasses.replace(settings, growth=growth)
-    plan = make_plan(settings, devices.shape, vocab_size=VOCABULARY, total=TOTAL)
-    return plan, Compiler(plan, settings, devices, TOTAL, _validation_shape)
+    plan = make_plan(settings, MeshShape(**devices.shape))
+    plan = plan.completed(vocab_size=VOCABULARY, total=TOTAL)
+    return plan, Compiler(plan, devices, _validation_specs, Tables())
 
 
 def _base(case: Tuning | Morph) -> str:
     return case.base if isinstance(case, Morph) else "trained"
 
 
-def _validation_shape(shape: RunShape) -> tuple[int, int]:
-    return BATCH, shape.model.seq_len + 1
+def _validation_specs(shape: RunShape) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((BATCH, shape.model.seq_len + 1), jnp.int32)]
 
 
 def _tokens(seed: int, rows: int = BATCH, length: int = CONTEXT + 1) -> np.ndarray:
@@ -133,7 +139,7 @@ def _update(
         tokens = _tokens(seed + index, shape.batch_size, shape.model.seq_len + 1)
         batch = place_batch(compiler.mesh, tokens)
         sums = programs.accumulate(state, sums, batch, np.int32(index))
-    state, _, metrics = programs.update(state, sums, np.int32(shape.grad_accum_steps))
+    state, _, metrics = programs.update(state, sums)
     return state, metrics
 
 
@@ -145,7 +151,7 @@ def _placed(host: TrainState, programs: Programs) -> TrainState:
 def _loss(programs: Programs, compiler: StageCompiler, shape: RunShape, state: TrainState) -> float:
     tokens = _tokens(0, BATCH, shape.model.seq_len + 1)
     batch = place_batch(compiler.mesh, tokens)
-    return float(programs.evaluate(state.params, state.gates, batch)["loss"])
+    return float(programs.evaluate(state, batch)["loss"].value)
 
 
 @cache
@@ -159,20 +165,18 @@ def _trained(base: str) -> TrainState:
     programs, shape = compiler.programs(0), plan.start
     state = jax.device_get(compiler.initial_state())
     gates = {
-        name: (0.7 + 0.6 * rng.random(gate.shape)).astype(gate.dtype)
-        for name, gate in state.gates.items()
+        name: (0.7 + 0.6 * rng.random(state[name].shape)).astype(state[name].dtype)
+        for name in ("layer_gate", "head_gate")
     }
-    state = dataclasses.replace(state, gates=gates | {"lora_alpha": state.gates["lora_alpha"]})
+    state = state.with_variables(**gates)
     for seed in range(STEPS_BEFORE - SETTLED):
         state, _ = _update(programs, compiler, shape, _placed(state, programs), seed)
-    still = dataclasses.replace(state.knobs, lr_multiplier=np.float32(0))
-    state = jax.device_get(dataclasses.replace(state, knobs=still))
+    state = jax.device_get(state).with_variables(lr_multiplier=np.float32(0))
     moments = jax.tree.map(np.zeros_like, state.opt_state)
     state = dataclasses.replace(state, opt_state=moments)
     for seed in range(SETTLED):
         state, _ = _update(programs, compiler, shape, _placed(state, programs), seed)
-    moving = dataclasses.replace(state.knobs, lr_multiplier=np.float32(1))
-    return jax.device_get(dataclasses.replace(state, knobs=moving))
+    return jax.device_get(state).with_variables(lr_multiplier=np.float32(1))
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class Outcome:
     programs: tuple[Programs, Programs]
     before: TrainState
     after: TrainState
-    done: Performed
+    done: OperationResult
     compiled: list[str]
 
     @property
@@ -237,7 +241,7 @@ def _performed(case: Tuning | Morph, folder: Path) -> Outcome:
     state, position = _placed(before, programs[0]), Position(step=STEPS_BEFORE, val_loss=0.5)
     tokens = _tokens(5)[:, :-1]
     with _compilations() as compiled:
-        after, done = perform(plan, compiler, state, position, "loss", tokens, False)
+        after, done = perform(compiler, state, position, "loss", tokens)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
     return Outcome(plan, compiler, programs, before, after, done, compiled)
 
@@ -253,8 +257,7 @@ def test_function_is_kept_where_the_table_says_so_and_changed_where_not(case, ou
     delta = result.done.function_delta
     if operation.kind == "hyperparameter":
         assert delta is None
-        new = {name: jnp.asarray(gate) for name, gate in result.after.gates.items()}
-        states = (result.before.params, result.before.gates), (result.after.params, new)
+        states = jax.device_get((result.before, result.after))
         delta = float(_function_delta(before.model)(*states, _tokens(5)[:, :-1]))
     assert delta <= 1e-5 if exact else 1e-3 < delta < 5, delta
 
@@ -320,6 +323,22 @@ def test_moments_are_those_of_the_new_net_s_gradients_or_what_is_documented(case
     assert totals["reset"] == 0
 
 
+@every_morph
+def test_variables_go_where_the_axes_they_are_declared_over_go(case, outcome):
+    result = outcome(case)
+    for name, variable in VARIABLES.items():
+        old, new = jax.device_get((result.before[name], result.after[name]))
+        axes = variable.axes.names
+        if case.axis in axes:
+            padding = [(0, int(axis == case.axis)) for axis in axes]  # what -1, nowhere, takes
+            padded = np.pad(old, padding, constant_values=variable.axes.fresh)
+            old = np.take(padded, case.source, axes.index(case.axis))
+            if case.policy == "masked":  # layers 1 and 3 are copies of 0 and 1
+                fades = {"layer_gate": 0, "fade_start": STEPS_BEFORE, "fade_steps": 4}
+                old[1::2] = fades.get(name, old[1::2])
+        jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
 def _moments(state: TrainState, name: str) -> dict[str, np.ndarray]:
     """The moments of that name by the parameter they are of."""
     leaves = leaves_by_path(state.opt_state).items()
@@ -329,7 +348,9 @@ def _moments(state: TrainState, name: str) -> dict[str, np.ndarray]:
 def _reference_moments(config: ModelConfig, state: TrainState) -> dict[str, dict[str, np.ndarray]]:
     """Adam's moments, in float64, of the net that `state` holds on the batches that were trained on."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (state.params, state.gates))
+        wide = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), (state.params, gates_of(state.variables))
+        )
         batches = np.stack([_tokens(seed) for seed in range(SETTLED)])
         gradients = flat(_gradients(dataclasses.replace(config, dtype="float64"))(*wide, batches))
     kinds: dict[str, dict[str, np.ndarray]] = {"mu": {}, "nu": {}}
@@ -346,7 +367,9 @@ def _gradients(config: ModelConfig) -> Any:
     """The compiled gradient on each of several batches, which come first."""
 
     def one(params: Any, gates: Any, tokens_BT: jax.Array) -> Any:
-        return jax.grad(lambda p: gpt.loss(config, p, tokens_BT, gates=gates)[0])(params)
+        return jax.grad(lambda p: gpt.measure(config, p, tokens_BT, gates=gates)["loss"].value)(
+            params
+        )
 
     return jax.jit(jax.vmap(one, (None, None, 0)))
 
@@ -365,13 +388,13 @@ def test_next_update_is_finite_and_the_loss_stays_sane(case, outcome):
     bound = 1e-5 if exact and same_tokens else 1.0
     assert abs(after - before) < bound
     state, metrics = result.next_update()
-    assert int(state.step) == STEPS_BEFORE + 1
-    assert int(metrics["skipped"]) == 0
+    assert int(state["step"]) == STEPS_BEFORE + 1
+    assert int(metrics["train/skipped"]) == 0
     assert all(math.isfinite(float(value)) for value in metrics.values())
     for path, leaf in leaves_by_path((state.params, state.opt_state)).items():
         assert np.isfinite(leaf).all(), path
     frozen, moved = frozen_parameters(result.shapes[1].model), flat(state.params)
-    assert (float(metrics["learning_rate"]) == 0) == (case.name == "reset_lr_schedule")
+    assert (float(metrics["train/learning_rate"]) == 0) == (case.name == "reset_lr_schedule")
     for path, leaf in flat(result.after.params).items():
         still = path in frozen or case.name == "reset_lr_schedule"
         assert (moved[path] != leaf).any() != still, path
@@ -390,7 +413,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("base", BASES)
 def test_a_checkpoint_right_before_an_operation_holds_the_state(base, checkpoints):
     _, compiler = _compiler_of_base(base)
-    _assert_restored(checkpoints, list(BASES).index(base), _trained(base), compiler.lazy(0))
+    _assert_restored(checkpoints, list(BASES).index(base), _trained(base), compiler.uncompiled(0))
 
 
 @pytest.mark.parametrize("case", CHANGING, ids=[LABELS[CASES.index(case)] for case in CHANGING])
@@ -425,9 +448,10 @@ def test_two_devices_do_what_one_does_from_the_same_checkpoint(
         assert report.lines == result.done.report.lines
     else:
         before, after = result.shapes
-        new = transitions.retuned(plan.entries[0], before, after, state, False)
+        entry = plan.entries[0]
+        new = adjusted(entry, before, after, state, ADJUSTMENTS, allow_past_end=False)
     expected = leaves_by_path(result.after)
-    shardings = leaves_by_path(compiler.lazy(1).state_shardings)
+    shardings = leaves_by_path(compiler.uncompiled(1).state_shardings)
     for path, leaf in leaves_by_path(new).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-6, err_msg=path)
         assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim), path
@@ -436,7 +460,7 @@ def test_two_devices_do_what_one_does_from_the_same_checkpoint(
 @cache
 def _restored_on(mesh: str, base: str, checkpoints: Checkpoints) -> TrainState:
     """The state before every operation, from a checkpoint, on other devices than it was saved from."""
-    programs = _compiler_of_base(base, mesh)[1].lazy(0)
+    programs = _compiler_of_base(base, mesh)[1].uncompiled(0)
     step, shardings = list(BASES).index(base), programs.state_shardings
     return restore_state(checkpoints, step, programs.abstract_state, shardings)
 

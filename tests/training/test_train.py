@@ -1,4 +1,4 @@
-"""The train door end to end: what a run leaves behind, and how it goes on after anything."""
+"""The train command end to end: what a run leaves behind, and how it goes on after anything."""
 
 import json
 import math

@@ -1,91 +1,104 @@
-"""What the built-in GPT's morphs share: its parameters, optimizer state and gates as one move."""
+"""Shared by the built-in GPT's morphs: transport the whole state to another architecture."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.model import gpt
-from jaxmorph.model.architecture import gpt_signatures
-from jaxmorph.model.blocks import Gates
+from jaxmorph.model.architecture import gpt_axis_sizes, gpt_signatures
+from jaxmorph.morphs.apply import apply
 from jaxmorph.morphs.axis_map import AxisMap
-from jaxmorph.morphs.transport import Report, transport
-from jaxmorph.step.state import Fading, TrainState
+from jaxmorph.morphs.change import Trained, by_map
+from jaxmorph.morphs.report import Report
+from jaxmorph.morphs.trained import trained
+from jaxmorph.step.parts import Parts
+from jaxmorph.step.state import TrainState
 
-_GATE_AXES = {"layer": ("layer",), "head": ("layer", "head"), "lora_alpha": ()}
+
+@dataclass(frozen=True)
+class Transition:
+    """From one architecture to another; the plan says which, the morph says how.
+
+    Args:
+      before: the architecture before.
+      after: the architecture after.
+      state: the state before; it is not modified.
+      optimizer: for the architecture after.
+      key: PRNG key for anything random.
+      parts: declares the state's variables, and the optimizer fields that mirror no parameter.
+      frozen_layers: layers that are not trained: before, and after.
+    """
+
+    before: ModelConfig
+    after: ModelConfig
+    state: TrainState
+    optimizer: optax.GradientTransformation
+    key: jax.Array
+    parts: Parts = field(default_factory=Parts)
+    frozen_layers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    def sizes(self, axis: str) -> tuple[int, int]:
+        """Return the sizes of an axis before and after."""
+        return gpt_axis_sizes(self.before)[axis], gpt_axis_sizes(self.after)[axis]
+
+
+Morph = Callable[..., tuple[TrainState, Report]]  # of a Transition, with the operation's options
 
 
 def morph_gpt(
-    config: ModelConfig,
-    state: TrainState,
-    optimizer: optax.GradientTransformation,
+    transition: Transition,
     maps: Sequence[AxisMap],
     *,
-    key: jax.Array,
-    moments: str,
-    fresh_nu: float,
+    moments: str = "provenance",
+    fresh_nu: float = 1.0,
 ) -> tuple[TrainState, Report]:
-    """Return the state of the GPT after axes have changed, and what became of each leaf.
+    """Return the state of the GPT after axes have changed, and a report on each leaf.
 
-    Gates follow the layers and heads they belong to; those of fresh ones are open.
+    Variables over layers and heads move with them; fresh entries get their declared initial values.
 
     Args:
-      config: the architecture after.
-      state: the state before.
-      optimizer: makes the optimizer's state.
+      transition: the architectures, the state and the optimizer.
       maps: how axes change.
-      key: PRNG key of what is random.
-      moments: see `transport`.
-      fresh_nu: see `transport`.
+      moments: see `FreshStart`.
+      fresh_nu: see `FreshStart`.
     """
-    init_key, key = jax.random.split(key)
+    init_key, key = jax.random.split(transition.key)
     needed = any(change.is_fresh.any() for change in maps)
-    params, opt_state, report = transport(
-        gpt_signatures(config),
-        maps,
+    fresh = gpt.init(transition.after, init_key) if needed else None
+    state, parts = transition.state, transition.parts
+    params, opt_state, report = apply(
+        [
+            *(by_map(each, fresh=fresh, moments=moments, fresh_nu=fresh_nu) for each in maps),
+            *_trained_layers(transition),
+        ],
+        gpt_signatures(transition.after),
         state.params,
         state.opt_state,
-        optimizer,
-        fresh=gpt.init(config, init_key) if needed else None,
+        transition.optimizer,
         key=key,
-        moments=moments,
-        fresh_nu=fresh_nu,
+        other={
+            name: (state[name], each.axes)
+            for name, each in parts.variables.items()
+            if each.axes.axes
+        },
+        fields=parts.optimizer_fields,
     )
-    state = dataclasses.replace(
-        state,
-        params=params,
-        opt_state=opt_state,
-        gates=_moved_gates(state.gates, maps),
-        fading=_moved_fading(state.fading, maps),
+    state = TrainState(params, opt_state, {**state.variables, **report.other})
+    return state, dataclasses.replace(report, other={})
+
+
+def _trained_layers(transition: Transition) -> list[Trained]:
+    """Return the change of the layers that the optimizer's state covers, if not all."""
+    if not any(transition.frozen_layers):
+        return []
+    before, after = (
+        [layer for layer in range(size) if layer not in frozen]
+        for size, frozen in zip(transition.sizes("layer"), transition.frozen_layers, strict=True)
     )
-    return state, report
-
-
-def _moved_gates(gates: Gates, maps: Sequence[AxisMap]) -> Gates:
-    moved = dict(gates)
-    for change in maps:
-        for name, axes in _GATE_AXES.items():
-            if change.axis not in axes:
-                continue
-            moved[name] = _taken(moved[name], change, axes.index(change.axis), fresh=1)
-    return moved
-
-
-def _moved_fading(fading: Fading, maps: Sequence[AxisMap]) -> Fading:
-    for change in maps:
-        if change.axis == "layer":
-            fading = jax.tree.map(lambda leaf, c=change: _taken(leaf, c, 0, fresh=0), fading)
-    return fading
-
-
-def _taken(leaf: jax.Array, change: AxisMap, axis: int, fresh: int) -> jax.Array:
-    """Return a leaf with the entries that a map takes from it along an axis; fresh ones are given."""
-    # One more entry at the end: what FRESH, -1, picks.
-    padding = [(0, int(dimension == axis)) for dimension in range(leaf.ndim)]
-    padded = jnp.pad(leaf, padding, constant_values=fresh)
-    return jnp.take(padded, change.source % (change.old + 1), axis=axis)
+    return [trained(before=before, after=after)]

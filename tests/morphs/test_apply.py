@@ -1,4 +1,4 @@
-"""Transport on models that are not ours: every optimizer, what is refused, what is reported."""
+"""Changes applied to models that are not ours: every optimizer, what is refused, what is reported."""
 
 from typing import Any
 
@@ -91,8 +91,15 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-def _widen(*args, **options) -> tuple[Any, Any, morphs.Report]:
-    return morphs.widen(*args, **options)
+def _widen(signatures, params, opt_state, optimizer, **options) -> tuple[Any, Any, morphs.Report]:
+    """`apply` of one `widen`, with the options of either."""
+    arguments = {name: options.pop(name) for name in ("key", "fields") if name in options}
+    change = morphs.widen(options.pop("axis"), **options)
+    return morphs.apply([change], signatures, params, opt_state, optimizer, **arguments)
+
+
+def _deepen(signatures, params, opt_state, optimizer, **options) -> tuple[Any, Any, morphs.Report]:
+    return morphs.apply([morphs.deepen(**options)], signatures, params, opt_state, optimizer)
 
 
 def _after_one_update(optimizer, params) -> Any:
@@ -184,9 +191,10 @@ def test_readme_grows_someone_else_s_model():
         "Dense_0/kernel": "hidden -> classes",
         "Dense_0/bias": "-> classes",
     }
-    params2, opt_state2, report = morphs.widen(
-        signatures, params, opt_state, optimizer, axis="hidden", to=96, key=jax.random.key(2)
-    )
+    params2, opt_state2, report = morphs.apply(
+        [morphs.widen("hidden", to=96)],
+        signatures, params, opt_state, optimizer, key=jax.random.key(2),
+    )  # fmt: skip
     before = Net(hidden=64).apply({"params": params}, images)
     after = Net(hidden=96).apply({"params": params2}, images)
     chex.assert_trees_all_close(after, before, atol=1e-5)
@@ -223,7 +231,7 @@ def test_nnx_modules_and_frozen_dicts_are_nested_dicts_too():
         np.testing.assert_allclose(nnx.merge(graph, blank)(_INPUTS), net(_INPUTS), atol=1e-5)
 
 
-def test_transport_is_jittable_and_moves_several_axes_at_once():
+def test_apply_is_jittable_and_moves_several_axes_at_once():
     with jax.enable_x64(True):
         params, optimizer = _perceptron(), optax.adam(1e-2)
         state = _after_one_update(optimizer, params)
@@ -232,12 +240,12 @@ def test_transport_is_jittable_and_moves_several_axes_at_once():
         @jax.jit
         @chex.assert_max_traces(n=1)
         def moved(params, state) -> Any:
-            return morphs.transport(TABLE, both, params, state, optimizer)
+            return morphs.apply(both, TABLE, params, state, optimizer)
 
         found = moved(params, state)
         expected: Any = params, state, None
         for change in both:
-            expected = morphs.transport(TABLE, [change], expected[0], expected[1], optimizer)
+            expected = morphs.apply([change], TABLE, expected[0], expected[1], optimizer)
         chex.assert_trees_all_close(found[:2], expected[:2], rtol=1e-12)
         assert found[2].totals == expected[2].totals
         assert moved(params, state)[2] == found[2]
@@ -279,14 +287,13 @@ def test_fresh_moments_are_means_of_their_layer():
     assert morphs.Line(".nu['up']", "nu", "fresh", 12) in report.lines
     assert morphs.Line("down", "params", "fresh", 12) in report.lines
 
-    deepen: Any = morphs.deepen
     fresh = {path: jnp.full((4, *shape[1:]), 10.0) for path, shape in shapes.items()}
-    deep, moved, _ = deepen(table, params, state, optimizer, to=4, fresh=fresh, identity=True)
+    deep, moved, _ = _deepen(table, params, state, optimizer, to=4, fresh=fresh, identity=True)
     for path in table:
         old = np.asarray(squares[path])
         np.testing.assert_allclose(moved.nu[path][2:], old.mean(), rtol=1e-6)
         np.testing.assert_array_equal(deep[path][2:], 10 if path == "up" else 0)
-    _, moved, _ = deepen(table, params, state, optimizer, to=4, identity=True)
+    _, moved, _ = _deepen(table, params, state, optimizer, to=4, identity=True)
     np.testing.assert_array_equal(moved.nu["up"][2:], squares["up"])
     mean = np.asarray(squares["down"]).mean((1, 2), keepdims=True)
     np.testing.assert_allclose(moved.nu["down"][2:], np.broadcast_to(mean, (2, 4, 3)), rtol=1e-6)
@@ -401,16 +408,16 @@ def test_maps_must_fit_the_parameters():
     state = optimizer.init(params)
     wide = morphs.duplicate("hidden", 7, 14)
     with pytest.raises(InputError, match="the parameters' own, 6"):
-        morphs.transport(TABLE, [wide], params, state, optimizer)
+        morphs.apply([wide], TABLE, params, state, optimizer)
     twice = [morphs.duplicate("hidden", 6, 12)] * 2
-    with pytest.raises(InputError, match="one map an axis"):
-        morphs.transport(TABLE, twice, params, state, optimizer)
+    with pytest.raises(InputError, match="one map per axis"):
+        morphs.apply(twice, TABLE, params, state, optimizer)
 
 
 def test_unmapped_parameters_are_untouched():
     params, optimizer = _perceptron(), optax.adam(1e-2)
     state = _after_one_update(optimizer, params)
-    same, kept, _ = morphs.transport(TABLE, [], params, state, optimizer)
+    same, kept, _ = morphs.apply([], TABLE, params, state, optimizer)
     chex.assert_trees_all_equal((same, kept), (params, state))
     wide, _, _ = _widen(TABLE, params, state, optimizer, axis="hidden", to=7, key=jax.random.key(0))
     assert set(flat(wide)) == set(TABLE)

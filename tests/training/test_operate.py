@@ -10,20 +10,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.resolve import resolve
 from jaxmorph.growth.plan import make_plan
 from jaxmorph.model.tree_paths import leaves_by_path
+from jaxmorph.morphs.gpt import MORPHS
 from jaxmorph.step.sharding import make_mesh
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.system.host_memory import available_memory
 from jaxmorph.train import main
-from jaxmorph.training import transitions
-from jaxmorph.training.orchestrator import perform
-from jaxmorph.training.resume import Position
+from jaxmorph.training.operate import perform
+from jaxmorph.training.position import Position
 from jaxmorph.training.stages import StageCompiler
+from jaxmorph.training.tables import Tables
 
 TINY = [
     *("--n_layers", "1", "--d_model", "16", "--n_heads", "2", "--seq_len", "16"),
@@ -54,6 +57,10 @@ def _write(folder: Path, rows: list[dict], name: str = "schedule.json") -> Path:
     path = folder / name
     path.write_text(json.dumps(rows))
     return path
+
+
+def _validation_specs(shape):
+    return [jax.ShapeDtypeStruct((4, shape.model.seq_len + 1), np.int32)]
 
 
 def _argv(text, run_dir, schedule, steps, *more):
@@ -120,7 +127,7 @@ def test_metrics_show_the_stages_and_the_reevaluation(grown):
     records = _lines(grown, "operations.jsonl")
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert lines[3]["val/loss_after"] == records[1]["val_loss_after"]
-    assert [line["stage"] for line in lines[1:]] == [0] * 3 + [2] * (STEPS - 3)
+    assert [line["stage"] for line in lines[1:]] == [0] * 3 + [4] * 5 + [5] + [6] * (STEPS - 9)
     assert [line["batch_size"] for line in lines[1:]] == [4] * 3 + [8] * (STEPS - 3)
     assert lines[-1]["params"] == records[-1]["params_after"]
     tokens = np.cumsum([4 * 16] * 3 + [8 * 16] * (STEPS - 3))
@@ -149,10 +156,8 @@ def test_masked_layers_open_step_by_step(grown):
 
 
 def _gates(checkpoints, step):
-    import jax
-
-    abstract = {"gates/layer": jax.ShapeDtypeStruct((2,), np.float32)}
-    return checkpoints.restore(step, abstract, part=True)["gates/layer"]
+    abstract = {"variables/layer_gate": jax.ShapeDtypeStruct((2,), np.float32)}
+    return checkpoints.restore(step, abstract, part=True)["variables/layer_gate"]
 
 
 @pytest.mark.parametrize("more", [("--precompile", "off"), ("--checkpoint_interval", "1")])
@@ -254,7 +259,7 @@ def test_a_failed_operation_leaves_the_run_as_it_was_and_is_tried_first_on_resum
 
     assert main(argv("whole")) == 0
     with monkeypatch.context() as patch:
-        patch.setitem(transitions.MORPHS, "widen_mlp", too_large)
+        patch.setitem(MORPHS, "widen_mlp", too_large)
         capsys.readouterr()
         assert main(argv("failed")) == 1
         said = capsys.readouterr().err
@@ -286,16 +291,16 @@ def test_a_morph_that_would_not_be_finite_is_not_done(text, tmp_path):
     """The live state cannot be widened: it is left as it is, every bit of it."""
     schedule = _write(tmp_path, [_entry("widen_mlp", 2, None, 1)])
     settings, _ = resolve(_argv(text, tmp_path / "run", schedule, 4))
-    mesh = make_mesh("data=1")
-    plan = make_plan(settings, mesh.shape, vocab_size=256, total=4)
-    compiler = StageCompiler(plan, settings, mesh, 4, lambda shape: (4, 17))
+    mesh = make_mesh(parse_mesh("data=1"))
+    plan = make_plan(settings, MeshShape(**mesh.shape))
+    compiler = StageCompiler(plan, mesh, _validation_specs, Tables())
     state = compiler.initial_state()
     up = state.params["blocks"]["mlp"]["up"]
     state.params["blocks"]["mlp"]["up"] = up.at[0, 3, 5].set(np.inf)
     before = {path: np.array(leaf) for path, leaf in leaves_by_path(state).items()}
     probe = np.zeros((4, 16), np.int32)
     with pytest.raises(ValueError, match="would not be finite"):
-        perform(plan, compiler, state, Position(step=1), "timeout", probe, False)
+        perform(compiler, state, Position(step=1), "timeout", probe)
     for path, leaf in leaves_by_path(state).items():
         np.testing.assert_array_equal(np.array(leaf), before[path])
 
@@ -307,8 +312,8 @@ def test_what_leads_to_a_stage_runs_beforehand_where_memory_is_plenty(
     settings, _ = resolve(
         _argv(text, tmp_path / "run", _write(tmp_path, [_entry("set_seq_len", 8, None, 1)]), 4)
     )
-    mesh = make_mesh("data=1")
-    plan = make_plan(settings, mesh.shape, vocab_size=256, total=4)
+    mesh = make_mesh(parse_mesh("data=1"))
+    plan = make_plan(settings, MeshShape(**mesh.shape))
     monkeypatch.setattr("jaxmorph.training.stages.available_memory", lambda: available)
     ran = []
 
@@ -322,10 +327,9 @@ def test_what_leads_to_a_stage_runs_beforehand_where_memory_is_plenty(
 
             return dataclasses.replace(change, morph=morph)
 
-    compiler = Compiler(plan, settings, mesh, 4, lambda shape: (4, shape.model.seq_len + 1))
+    compiler = Compiler(plan, mesh, _validation_specs, Tables())
     compiler.prefetch_after(0)
-    for future in list(compiler._futures.values()):
-        future.result()  # raises what the work raised
+    compiler.wait()  # raises what the work raised
     compiler.close()
     assert ran == expected
 
@@ -335,6 +339,28 @@ def test_available_memory_is_some_of_the_machine_s():
     available = available_memory()
     assert available is not None
     assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+STANDING = [
+    _entry("change_lr", 0.5, None, None, again=True) | {"trigger_plateau": 2},
+    _entry("set_batch_size", 8, None, 9) | {"trigger_plateau": 1},  # of the loss measured again
+    _entry("change_lr", 0.5, None, None) | {"trigger_plateau": 2},  # the first is the best
+]
+
+
+def test_a_loss_that_stands_still_sets_operations_off_also_of_a_resumed_run(text, tmp_path, capsys):
+    schedule = _write(tmp_path, STANDING)
+    more = ("--plateau_min_change", "0.9", "--eval_interval", "2")  # so that nothing improves
+    for steps in (3, 7, 12):
+        assert main(_argv(text, tmp_path / "run", schedule, steps, *more)) == 0
+    records = _lines(tmp_path / "run", "operations.jsonl")
+    # Evaluations are at even steps, and at 3 and 7, where the run ended.
+    assert [(r["step"], r["reason"]) for r in records] == [
+        *((3, "plateau"), (4, "plateau"), (8, "plateau")),
+    ]
+    printed = capsys.readouterr().out
+    assert "Trigger: no more improvement (validation loss" in printed
+    assert "; 2 of 2 evaluations without improvement; " in printed
 
 
 LORA = ("--attn_lora_rank_divisor", "4", "--vocab_lora_rank_divisor", "8")

@@ -1,0 +1,148 @@
+"""Transport the state of an optax optimizer, leaf by leaf, along its parameters' axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr
+
+from jaxmorph.cli.errors import InputError
+from jaxmorph.model.named_axes import NamedAxes
+from jaxmorph.morphs.moments import KEEP, PARAMETER, Kind, Path, Place, places
+from jaxmorph.morphs.motion import Motion
+from jaxmorph.morphs.report import Line, lines_of
+
+
+@dataclass(frozen=True)
+class Routes:
+    """How the leaves of a state change.
+
+    Args:
+      motions: for leaves that mirror a parameter, by its path.
+      declared: returns the motion of an array over named axes, given the axes, its shape and name.
+      partial: parameters that the state covers only in part.
+    """
+
+    motions: Mapping[str, Motion]
+    declared: Callable[[NamedAxes, tuple[int, ...], str], Motion]
+    partial: frozenset[str] = frozenset()
+
+
+def moved_state(
+    routes: Routes, state: optax.OptState, target: optax.OptState, fields: Mapping[str, Kind]
+) -> tuple[list[Line], list[jax.Array]]:
+    """Return a report line per leaf of the new state, and the leaves, both in the target's order.
+
+    Args:
+      routes: how leaves change.
+      state: the state before.
+      target: shapes of the state that the optimizer's `init` returns for the new parameters.
+      fields: see `apply`.
+
+    Raises:
+      InputError: a leaf that no rule covers, or whose new shape would differ from the target's.
+    """
+    old = dict(jax.tree_util.tree_leaves_with_path(state))
+    found = places(target, routes.motions.keys(), fields)
+    wanted = jax.tree.leaves(target)
+    if odd := [keystr(path) for path in old.keys() ^ {place.path for place in found}]:
+        raise InputError(
+            "opt_state", min(odd), None, "the state that this optimizer makes for these parameters"
+        )
+    siblings = _sibling_means(found, old)
+    lines, leaves = [], []
+    for place, shape in zip(found, wanted, strict=True):
+        leaf, fresh = _moved_leaf(routes, place, old, shape, siblings)
+        if leaf.shape != shape.shape:
+            expected = f"the shape {shape.shape} that the optimizer gives it"
+            raise InputError("optimizer state", str(place), leaf.shape, expected)
+        leaves.append(leaf.astype(shape.dtype))
+        lines += lines_of(str(place), place.field, shape.shape, fresh)
+    return lines, leaves
+
+
+def _moved_leaf(
+    routes: Routes,
+    place: Place,
+    old: Mapping[Path, jax.Array],
+    wanted: jax.ShapeDtypeStruct,
+    siblings: Mapping[str, jax.Array],
+) -> tuple[jax.Array, np.ndarray]:
+    """Return one leaf of the new state, and which of its entries are fresh."""
+    leaf, nowhere = old[place.path], np.zeros([1] * wanted.ndim, bool)
+    if isinstance(place.kind, NamedAxes):
+        motion = routes.declared(place.kind, leaf.shape, f"optimizer state {place}")
+        return motion.declared(leaf, place.kind.fresh), motion.fresh
+    if place.kind == KEEP:
+        return leaf, nowhere
+    motion = routes.motions[place.parameter]
+    factored = place.beside("v_row") in old and place.field in ("v", "v_row", "v_col")
+    if leaf.shape != motion.shape and not factored:
+        expected = f"the shape {motion.shape} of {place.parameter}'s covered entries"
+        expected += " (`trained` says which layers a state covers)"
+        raise InputError("optimizer state", str(place), leaf.shape, expected)
+    if place.kind == PARAMETER:
+        if place.parameter in routes.partial:
+            expected = "a state without weights if it covers only some layers"
+            raise InputError("optimizer state", str(place), None, expected)
+        return motion.parameter(leaf), motion.fresh | motion.zero
+    if not factored:
+        sibling = siblings[place.field]
+        return motion.moment(leaf, int(place.kind), sibling), motion.fresh_moments
+    return _moved_factor(motion, place, old, wanted, siblings[place.field])
+
+
+def _moved_factor(
+    motion: Motion,
+    place: Place,
+    old: Mapping[Path, jax.Array],
+    wanted: jax.ShapeDtypeStruct,
+    sibling: jax.Array,
+) -> tuple[jax.Array, np.ndarray]:
+    """Return a leaf of adafactor's second moments, and which of its entries are fresh."""
+    if place.field == "v" and wanted.shape != motion.new_shape:
+        return jnp.zeros(wanted.shape, old[place.path].dtype), np.zeros([1] * wanted.ndim, bool)
+    parts = (old[place.beside(name)] for name in ("v", "v_row", "v_col"))
+    whole = motion.moment(_unfactored(motion.shape, *parts), 2, sibling)
+    return _factor(motion, place.field, whole, wanted.shape)
+
+
+def _unfactored(
+    shape: tuple[int, ...], v: jax.Array, row: jax.Array, column: jax.Array
+) -> jax.Array:
+    """Return the second moments that adafactor's row and column means represent."""
+    if v.shape == shape:
+        return v
+    d1, d0 = np.argsort(shape)[-2:]
+    mean = jnp.mean(row, axis=d1 - (d1 > d0), keepdims=True)
+    mean = jnp.where(mean > 0, mean, jnp.ones((), row.dtype))  # before the first update
+    return jnp.expand_dims(row / mean, d0) * jnp.expand_dims(column, d1)
+
+
+def _factor(
+    motion: Motion, field: str, whole: jax.Array, wanted: tuple[int, ...]
+) -> tuple[jax.Array, np.ndarray]:
+    """Return the factor `field` of second moments, as adafactor factors the new shape."""
+    fresh = motion.fresh_moments
+    if field == "v":
+        return whole, fresh
+    if len(whole.shape) < 2 or wanted == (1,):
+        return jnp.zeros((1,), whole.dtype), np.zeros(1, bool)
+    d1, d0 = np.argsort(whole.shape)[-2:]
+    away = int(d0 if field == "v_row" else d1)
+    return jnp.mean(whole, axis=away), np.asarray(fresh.all(axis=away))
+
+
+def _sibling_means(found: Sequence[Place], old: Mapping[Path, jax.Array]) -> dict[str, jax.Array]:
+    """Return the mean entry of each field over all parameters."""
+    means = {}
+    for field in {place.field for place in found if isinstance(place.kind, int)}:
+        leaves = [old[p.path] for p in found if p.field == field and p.parameter]
+        entries = sum(leaf.size for leaf in leaves)
+        means[field] = sum(jnp.sum(leaf) for leaf in leaves) / max(1, entries)
+    return means

@@ -1,0 +1,77 @@
+"""What a hyperparameter operation sets in a run's state: variables, but no other arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmorph.config.run_shape import RunShape, scaled_count
+from jaxmorph.growth.schedule import Entry
+from jaxmorph.step.schedules import restarted_warmup
+from jaxmorph.step.state import TrainState
+
+Adjustment = Callable[[Entry, TrainState], Mapping[str, Any]]
+
+
+def _restart_schedule(entry: Entry, state: TrainState) -> dict[str, Any]:
+    """Restart the learning rate at this step, and reset reduce_on_plateau."""
+    first = {"scale": 1, "best_value": np.inf} | dict.fromkeys(
+        ("plateau_count", "cooldown_count", "count", "avg_value"), 0
+    )
+    return {"schedule_start": int(state["step"]), "plateau": state["plateau"]._replace(**first)}
+
+
+def _multiply_warmup(entry: Entry, state: TrainState) -> dict[str, Any]:
+    """Multiply the current warmup, which a restart may have shortened."""
+    assert entry.value is not None
+    return {"warmup_steps": scaled_count(int(state["warmup_steps"]), entry.value)}
+
+
+ADJUSTMENTS: Mapping[str, Adjustment] = {
+    "reset_lr_schedule": _restart_schedule,
+    "change_warmup_iters": _multiply_warmup,
+}
+
+
+def adjusted(
+    entry: Entry,
+    before: RunShape,
+    after: RunShape,
+    state: TrainState,
+    adjustments: Mapping[str, Adjustment],
+    *,
+    allow_past_end: bool,
+) -> TrainState:
+    """Return the state after a hyperparameter operation.
+
+    A variable named like a field of the run's shape follows that field.
+
+    Args:
+      entry: the operation.
+      before: the run's shape before it.
+      after: the run's shape after it.
+      state: the state before.
+      adjustments: what operations set beyond that, by operation name.
+      allow_past_end: whether a warmup may outlast training.
+    """
+    fields = [f.name for f in dataclasses.fields(RunShape) if f.name in state.variables]
+    changed = [name for name in fields if getattr(before, name) != getattr(after, name)]
+    values: dict[str, Any] = {name: getattr(after, name) for name in changed}
+    if (adjust := adjustments.get(entry.name)) is not None:
+        values |= adjust(entry, state)
+    start = int(values.get("schedule_start", state["schedule_start"]))
+    if start or not allow_past_end:
+        warmup = int(values.get("warmup_steps", state["warmup_steps"]))
+        values["warmup_steps"] = restarted_warmup(warmup, start, int(state["total_steps"]))
+    return state.with_variables(
+        **{name: jax.tree.map(_like, state[name], value) for name, value in values.items()}
+    )
+
+
+def _like(leaf: jax.Array, value: Any) -> jax.Array:
+    # with NumPy: JAX would compile the conversion
+    return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)

@@ -1,0 +1,252 @@
+"""A run in progress: its state, its position, and the actions available to the loop's turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmorph.cli.progress import Progress
+from jaxmorph.growth.plan import Stage
+from jaxmorph.growth.triggers import Reason, due
+from jaxmorph.model.measures import Mean
+from jaxmorph.model.tree_paths import leaves_by_path
+from jaxmorph.step.sharding import place_batch
+from jaxmorph.step.state import TrainState
+from jaxmorph.step.task import Batch
+from jaxmorph.storage.json_lines import JsonLines
+from jaxmorph.system import processes
+from jaxmorph.system.crash_points import crash_point
+from jaxmorph.system.signals import StopSignals
+from jaxmorph.training.active_stage import ActiveStage
+from jaxmorph.training.announcement import announcement
+from jaxmorph.training.operate import OperationFailedError, OperationResult, failure, perform
+from jaxmorph.training.position import Position
+from jaxmorph.training.preparation import Setup
+from jaxmorph.training.resume import CheckpointRecord
+from jaxmorph.training.step_log import StepLog
+
+
+class Run:
+    """A run in progress.
+
+    Args:
+      setup: what is constant during the run.
+      state: the state to start from.
+      position: its position.
+      log: the log of its steps.
+      operations: its operations.jsonl.
+      progress: the display.
+      signals: signals that ask the run to stop.
+
+    Attributes:
+      state: the run's state.
+      position: its position.
+      active: the objects of the active stage.
+      new_loss: the loss that triggers may fire on: the one evaluated after the last step, then the
+        newest after each operation there; None if nothing was evaluated.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        state: TrainState,
+        position: Position,
+        log: StepLog,
+        operations: JsonLines,
+        progress: Progress,
+        signals: StopSignals,
+    ):
+        self.setup, self.state, self.position = setup, state, position
+        self.active: ActiveStage = setup.activate(position.next_operation)
+        self.new_loss: float | None = None
+        self.log, self._operations, self.progress = log, operations, progress
+        self._signals = signals
+
+    @property
+    def step(self) -> int:
+        """Return the number of updates so far."""
+        return self.position.step
+
+    @property
+    def stage(self) -> Stage:
+        """Return the active stage of the plan."""
+        return self.active.stage
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether the last step was the run's final one."""
+        return self.step >= self.setup.total_steps
+
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether the run ends here, finished or interrupted."""
+        return self.is_last or self._signals.received is not None
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Return the steps between checkpoints."""
+        return self.setup.settings.run.checkpoint_interval or self.stage.shape.eval_interval
+
+    def remember(self, name: str, value: Any) -> None:
+        """Store a JSON value for a turn's next call, under its name.
+
+        Raises:
+          TypeError: JSON has no such value.
+        """
+        turns = {**self.position.turns, name: json.loads(json.dumps(value))}
+        self.position = dataclasses.replace(self.position, turns=turns)
+
+    def recall(self, name: str, first: Any) -> Any:
+        """Return what a turn has stored, or `first` if nothing yet."""
+        return self.position.turns.get(name, first)
+
+    def update_until_stage_changes(self, after_step: Callable[[Run], None]) -> None:
+        """Run steps, and `after_step` after each, until the stage changes or the run stops."""
+        active = self.active
+        stream = active.stream.batches(self.position.examples, active.stage.shape.batch_size)
+        sums = active.programs.zero_sums()
+        try:
+            while self.active is active and not self.is_stopping:
+                crash_point("step")
+                sums = self._update(stream, sums)
+                after_step(self)
+        finally:
+            stream.close()
+
+    def _update(self, stream: Generator[Batch, None, None], sums: Any) -> Any:
+        """Run one step; return zero sums."""
+        active, mesh = self.active, self.setup.mesh
+        for index in range(active.stage.shape.grad_accum_steps):
+            batch = place_batch(mesh, next(stream))
+            sums = active.programs.accumulate(self.state, sums, batch, np.int32(index))
+        self.state, sums, metrics = active.programs.update(self.state, sums)
+        self.position, self.new_loss = active.after_step(self.position), None
+        if self.position.next_operation and self.step == self.position.last_operation_step + 1:
+            crash_point("first_step")
+        self.log.step(active.totals(self.position), metrics)
+        return sums
+
+    def evaluate(self) -> None:
+        """Evaluate on the validation batches and record the result."""
+        means = self._measured("evaluation")
+        task = self.setup.tables.step.task
+        loss = means[task.loss]
+        self.record({f"val/{name}": value for name, value in means.items()})
+        shown = [(metric, means.get(metric.name.removeprefix("val/"))) for metric in task.metrics]
+        words = [
+            f"{metric.label} {metric.written(mean)}" for metric, mean in shown if mean is not None
+        ]
+        self.progress.note(f"step {self.step}: {', '.join(words)}")
+        value = np.asarray(loss, self.state["plateau"].avg_value.dtype)
+        self.state = self.active.programs.observe(self.state, value)
+        min_change = self.setup.settings.growth.plateau_min_change
+        self.position = self.position.evaluated(loss, min_change)
+        self.new_loss = loss
+
+    def record(self, values: dict[str, float]) -> None:
+        """Add values to the line of the last step, by metric name."""
+        self.log.record(self.step, values)
+
+    def operation_due(self) -> Reason | None:
+        """Return why the next operation is due now; None if it is not, or there is none."""
+        entries, position = self.setup.plan.entries, self.position
+        if position.next_operation >= len(entries):
+            return None
+        entry = entries[position.next_operation]
+        last = position.last_operation_step
+        return due(entry, position.step, last, self.new_loss, position.trend)
+
+    def operate_while_due(self) -> None:
+        """Perform every due operation, one after the other.
+
+        Raises:
+          OperationFailedError: one could not be done; a checkpoint of the state before it is saved.
+        """
+        while (reason := self.operation_due()) is not None:
+            self._operate(reason)
+            self.new_loss = self.position.val_loss
+
+    def forget_failure(self) -> None:
+        """Take the operation that failed when the checkpoint was saved as not yet tried."""
+        self.position = dataclasses.replace(self.position, pending=None)
+        loss = self.position.val_loss
+        self.new_loss = math.nan if loss is None else loss
+
+    def save_again(self) -> None:
+        """Save in place of the checkpoint of this step."""
+        self.setup.checkpoints.discard(self.step)
+        self.save()
+
+    def save(self) -> None:
+        """Start saving a checkpoint. The log lines up to its step are written before it can commit."""
+        self.log.sync()
+        self._operations.sync()
+        record = CheckpointRecord.of(self.setup, self.position)
+        self.setup.checkpoints.save(
+            self.step,
+            leaves_by_path(self.state),
+            record.to_meta(),
+            score=self.position.val_loss,
+        )
+
+    def _operate(self, reason: Reason) -> None:
+        self.log.flush_to_held()  # no step is in flight from here on
+        before = self.state, self.position, self.active
+        entry = self.setup.plan.entries[self.position.next_operation]
+        try:
+            result = self._perform(reason)
+            if entry.reevaluate:
+                self._evaluate_again()
+        except Exception as error:  # whatever it is, the run must end in its previous state
+            self.state, position, self.active = before
+            self.position = dataclasses.replace(position, pending=reason)
+            self.save()
+            raise OperationFailedError(failure(entry, error)) from error
+        self._operations.write(result.record(self.position.val_loss if entry.reevaluate else None))
+        crash_point("operation_recorded")
+        self.setup.compiler.prefetch_after(self.position.next_operation)
+        self.log.restart_clock()
+
+    def _perform(self, reason: Reason) -> OperationResult:
+        """Apply the next operation to the state, and activate the stage after it."""
+        setup, before = self.setup, self.active
+        probe = setup.tables.step.task.inputs(before.validation[0])
+        self.state, result = perform(setup.compiler, self.state, self.position, reason, probe)
+        position = self.position.after_operation()
+        self.active = setup.activate(position.next_operation)
+        self.position = self.active.moved_from(before, position)
+        self.progress.note(announcement(result, len(setup.plan.entries)))
+        return result
+
+    def _evaluate_again(self) -> None:
+        """Evaluate right after an operation."""
+        task = self.setup.tables.step.task
+        loss = self._measured("reevaluation")[task.loss]
+        metric = task.metric(f"val/{task.loss}")
+        self.record({f"{metric.name}_after": loss})
+        self.progress.note(f"step {self.step}: {metric.label} after it {metric.written(loss)}")
+        self.position = self.position.evaluated_again(loss)
+
+    def _measured(self, crash: str) -> dict[str, float]:
+        """Return the mean of each of the task's measures over the validation batches."""
+        self.log.flush_to_held()
+        results = []
+        for batch in self.active.validation:
+            placed = place_batch(self.setup.mesh, batch)
+            results.append(self.active.programs.evaluate(self.state, placed))
+            crash_point(crash)
+        parts, task = jax.device_get(results), self.setup.tables.step.task
+        sums = {
+            name: Mean(*(np.float64(math.fsum(part[name][k] for part in parts)) for k in (0, 1)))
+            for name in parts[0]
+        }
+        with np.errstate(invalid="ignore", divide="ignore"):  # a count of 0 gives NaN
+            means = {name: float(mean) for name, mean in task.means(sums).items()}
+        # What is due must be the same on all processes.
+        return means | {task.loss: processes.agreed(means[task.loss])}

@@ -1,0 +1,168 @@
+"""Log a run's steps: one line each in metrics.jsonl, the display, the trackers.
+
+Device values are fetched two steps late, so that the host never blocks on the step it has just
+dispatched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxmorph.cli.progress import Progress
+from jaxmorph.config.settings import RunSettings
+from jaxmorph.step.metrics import Metric
+from jaxmorph.storage.json_lines import JsonLines
+from jaxmorph.training.trackers import Tracker
+
+_STEPS_IN_FLIGHT = 2
+Totals = dict[str, int]
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient stayed non-finite; the run cannot continue."""
+
+
+class StepLog:
+    """Write one line per step once it is complete, and show the newest.
+
+    Args:
+      lines: the run's metrics.jsonl.
+      trackers: TensorBoard, W&B.
+      progress: the display.
+      settings: intervals and limits.
+      total_steps: the step the run ends at.
+      peak_flops: of all devices together; None if unknown.
+      loss: the metric shown as the loss.
+    """
+
+    def __init__(
+        self,
+        lines: JsonLines,
+        trackers: list[Tracker],
+        progress: Progress,
+        settings: RunSettings,
+        total_steps: int,
+        peak_flops: float | None,
+        loss: Metric,
+    ):
+        self._lines, self._trackers, self._progress = lines, trackers, progress
+        self._settings, self._total, self._peak = settings, total_steps, peak_flops
+        self._loss = loss
+        self._pending: deque[tuple[Totals, dict[str, jax.Array]]] = deque()
+        self._held: dict[str, Any] | None = None  # the newest line, to which an evaluation may add
+        self._then = time.monotonic()
+        self._seconds, self._steps, self._tokens, self._flops = 0.0, 0, 0, 0
+        self._pace: float | None = None  # smoothed seconds per step, without the compiling first
+
+    def step(self, after: Totals, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step just dispatched; write those of finished steps.
+
+        Args:
+          after: "step", running totals "tokens" and "flops" after it, and sizes to record as well.
+          metrics: device scalars by name, as returned by `programs.Programs.update`.
+
+        Raises:
+          DivergedError: too many updates in a row were skipped.
+        """
+        self._pending.append((after, metrics))
+        while len(self._pending) > _STEPS_IN_FLIGHT:
+            self._fetch()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the line of `step`, the newest one."""
+        self.flush_to_held()
+        self.restart_clock()
+        if self._held is None:
+            if self._lines.amend_last(step, values):  # written before the run was resumed
+                return
+            self._held = {"step": step}
+        assert self._held["step"] == step
+        self._held.update(values)
+
+    def restart_clock(self) -> None:
+        """Restart the step timer, to exclude evaluations and operations."""
+        self._then = time.monotonic()
+
+    def flush(self) -> None:
+        """Wait for every dispatched step, and write all lines."""
+        self.flush_to_held()
+        self._write_held()
+
+    def sync(self) -> None:
+        """Write all lines and sync them to disk: a checkpoint must not be ahead of them."""
+        self.flush()
+        self._lines.sync()
+
+    def flush_to_held(self) -> None:
+        """Wait for every dispatched step; write all lines but the newest."""
+        while self._pending:
+            self._fetch()
+
+    def close(self) -> None:
+        """Write all lines and close the trackers."""
+        self.flush()
+        self._lines.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def resume_totals(self, tokens: int, flops: int) -> None:
+        """Set the initial totals, so that the first rates shown are correct."""
+        self._tokens, self._flops = tokens, flops
+
+    def _fetch(self) -> None:
+        after, metrics = self._pending.popleft()
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self._write_held()
+        self._take_time(after)
+        self._held = {"step": after["step"]}
+        if after["step"] % self._settings.log_interval == 0 or after["step"] in (1, self._total):
+            self._held |= self._full_line(after, values)
+        if values["skipped_in_a_row"] >= self._settings.max_nonfinite_steps:
+            self._pending.clear()
+            self._write_held()
+            raise DivergedError(
+                f"loss or gradient was not finite in {values['skipped_in_a_row']} steps in a row, "
+                f"up to step {after['step']} (loss {values[self._loss.name]}, gradient norm "
+                f"{values['train/grad_norm']}); a lower learning_rate or a longer warmup may help"
+            )
+
+    def _take_time(self, after: Totals) -> None:
+        now = time.monotonic()
+        seconds, self._then = now - self._then, now
+        self._seconds += seconds
+        self._steps += 1
+        if after["step"] > 1:
+            self._pace = seconds if self._pace is None else 0.95 * self._pace + 0.05 * seconds
+
+    def _full_line(self, after: Totals, values: dict[str, float]) -> dict[str, Any]:
+        line = {name: value for name, value in values.items() if name != "skipped_in_a_row"}
+        line |= {"step_seconds": self._seconds / self._steps} | after
+        tokens, flops = after["tokens"] - self._tokens, after["flops"] - self._flops
+        rates = tokens / self._seconds, flops / self._seconds
+        self._seconds, self._steps = 0.0, 0
+        self._tokens, self._flops = after["tokens"], after["flops"]
+        loss = self._loss.written(values[self._loss.name])
+        facts = f"loss {loss}  lr {values['train/learning_rate']:.2e}"
+        facts += f"  {rates[0]:,.0f} tokens/s"
+        if self._peak:
+            facts += f"  MFU {rates[1] / self._peak:.1%}"
+        if skipped := values["train/skipped"]:
+            facts += f"  skipped {skipped}"
+        left = None if self._pace is None else (self._total - after["step"]) * self._pace
+        self._progress.update(after["step"], facts, left)
+        return line
+
+    def _write_held(self) -> None:
+        if self._held is None:
+            return
+        self._lines.write(self._held)
+        numbers = {k: v for k, v in self._held.items() if k != "step"}
+        if numbers:
+            for tracker in self._trackers:
+                tracker.log(self._held["step"], numbers)
+        self._held = None
