@@ -26,9 +26,9 @@ from jaxmorph.storage.json_lines import JsonLines
 from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.storage.start_log import record_start, software_facts
 from jaxmorph.system.files import replace_text
+from jaxmorph.system.peak_flops import peak_flops
 from jaxmorph.system.signals import StopSignals
 from jaxmorph.training.operate import OperationFailedError
-from jaxmorph.training.peak_flops import peak_flops
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup, prepare
 from jaxmorph.training.resume import resume

@@ -25,10 +25,10 @@ from jaxmorph.step.programs import Programs, make_programs
 from jaxmorph.step.sharding import batch_sharding, mesh_shape, place_batch, replicated
 from jaxmorph.step.state import Start, TrainState
 from jaxmorph.step.task import Batch
+from jaxmorph.system.background import Background
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.host_memory import available_memory
 from jaxmorph.training import transitions
-from jaxmorph.training.background import Background
 from jaxmorph.training.tables import Tables
 
 _PROBE_TOKENS = 256  # at most, per sequence

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jaxmorph.training.background import Background
+from jaxmorph.system.background import Background
 
 
 def test_each_piece_is_done_once_and_results_are_shared():
@@ -49,9 +49,12 @@ def test_what_was_forgotten_and_asked_for_again_is_done_and_the_thread_lives_on(
 
 
 def test_two_threads_forgetting_and_wanting_do_not_meet():
-    background = Background(lambda key: background.forget(lambda other: other == -key))
+    background = Background(lambda key: background.forget(lambda other: other == ("not", key)))
     for start in range(0, 3000, 30):
         background.want(range(start, start + 30))
         background.forget(lambda key, start=start: key < start - 60)
     background.wait()
+    background.want(["last"])
+    assert background._thread is not None
+    assert background._thread.is_alive()
     background.close()
