@@ -6,14 +6,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from jaxmorph.cli.command_line import parse_command, run_command
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.paths import is_folder, reason
+from jaxmorph.cli.printing import say
+from jaxmorph.cli.text_file import read_text
+from jaxmorph.config.fields import check_flags
+from jaxmorph.config.settings import Count, Positive, Within
 
 _PROG = "python -m jaxmorph.evaluate"
+_LARGEST_TOKENIZER = 1_000_000_000  # bytes; some have tens of millions
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,15 @@ class Sample:
     """The run folder."""
     prompt: str = "\n"
     """Text to continue."""
-    max_new_tokens: int = 300
+    max_new_tokens: Positive = 300
     """Tokens to generate."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Within(low=0, high=1e6)] = 0.8
     """Below 1 favours likely tokens, above 1 flattens the distribution; 0 takes the likeliest."""
-    top_k: int = 0
+    top_k: Count = 0
     """Sample from this many likeliest tokens; 0: from all."""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the sampling."""
-    checkpoint: int | None = None
+    checkpoint: Count | None = None
     """Step of the checkpoint. Default: the newest sound one."""
 
 
@@ -46,17 +52,16 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 
 def _check(command: Sample) -> None:
-    for flag, value, holds, expected in (
-        ("max_new_tokens", command.max_new_tokens, command.max_new_tokens >= 1, "a number ≥ 1"),
-        ("temperature", command.temperature, 0 <= command.temperature < 1e6, "a number ≥ 0"),
-        ("top_k", command.top_k, command.top_k >= 0, "a number ≥ 0"),
-        ("seed", command.seed, 0 <= command.seed < 2**31, "a number ≥ 0 and < 2³¹"),
-        ("prompt", command.prompt, bool(command.prompt), "at least one character"),
-    ):
-        if not holds:
-            raise InputError(f"--{flag}", "", value, expected)
-    if not (Path(command.run_dir) / "checkpoints").is_dir():
-        raise InputError("RUN_DIR", "", command.run_dir, "a run folder (with checkpoints/)")
+    check_flags(command)
+    if not command.prompt:
+        raise InputError("--prompt", "", command.prompt, "at least one character")
+    try:
+        found, why = is_folder(Path(command.run_dir) / "checkpoints"), ""
+    except (OSError, ValueError) as error:
+        found, why = False, f" ({reason(error)})"
+    if not found:
+        expected = f"a run folder (with checkpoints/){why}"
+        raise InputError("RUN_DIR", "", command.run_dir, expected)
 
 
 def _sample(command: Sample) -> int:
@@ -69,7 +74,7 @@ def _sample(command: Sample) -> int:
     saved = run_dir / "tokenizer.json"
     if not saved.is_file():
         raise InputError(str(saved), "", None, "the run's tokenizer")
-    tokenizer = Tokenizer.from_json(saved.read_text(encoding="utf-8"), str(saved))
+    tokenizer = Tokenizer.from_json(read_text(saved, _LARGEST_TOKENIZER), str(saved))
     prompt = [int(token) for token in tokenizer.encode(command.prompt)]
     tokens = generate(
         config,
@@ -88,10 +93,10 @@ def _sample(command: Sample) -> int:
         text = tokenizer.decode(ids)
         # A character can span several tokens: show only complete ones.
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
+            say(text[len(shown) :], end="")
             shown = text
     rest = tokenizer.decode(ids)
-    print(rest[len(shown) :] if rest.startswith(shown) else "")
+    say(rest[len(shown) :] if rest.startswith(shown) else "")
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ import tyro
 
 from jaxmorph.cli.command_line import parse_command, run_command
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.paths import is_file, is_folder, is_nothing, reason
+from jaxmorph.cli.printing import named, say
 from jaxmorph.cli.wording import aligned
 from jaxmorph.config.checks import check_warmup
+from jaxmorph.config.fields import check_flags
 from jaxmorph.config.settings import (
     OptimizerSettings,
     Positive,
@@ -114,7 +116,7 @@ def _plot(argv: Sequence[str]) -> int:
 
 
 def _schedule(command: Schedule) -> None:
-    _check_ranges(command)
+    check_flags(command)
     if not command.scheduler:
         raise InputError("--scheduler", "", None, "at least one shape")
     path = _figure_path(command.save, "lr_schedule.png")
@@ -124,8 +126,8 @@ def _schedule(command: Schedule) -> None:
     warmup = warmup_steps(settings[0], total)
     shapes = [schedule_shape(one.optimizer) for one in settings]
     for shape in shapes:
-        print(shape_in_words(shape, warmup))
-        print(_key_table(key_points(shape, command.max_lr, warmup, total)), end="\n\n")
+        say(shape_in_words(shape, warmup))
+        say(_key_table(key_points(shape, command.max_lr, warmup, total)), end="\n\n")
     from jaxmorph.report.schedule_figure import schedule_figure
 
     _save(schedule_figure(shapes, command.max_lr, warmup, total), path)
@@ -137,14 +139,6 @@ def _settings(command: Schedule, scheduler: Scheduler) -> Settings:
     shared = {n: value for n, value in vars(command).items() if n in names}
     shared |= {"scheduler": scheduler, "learning_rate": command.max_lr}
     return Settings(optimizer=OptimizerSettings(**shared))
-
-
-def _check_ranges(command: Schedule) -> None:
-    for name, hint in typing.get_type_hints(type(command), include_extras=True).items():
-        value = getattr(command, name)
-        for note in getattr(hint, "__metadata__", ()):
-            if isinstance(note, Within) and value is not None and not note.holds(value):
-                raise InputError(f"--{name}", "", value, f"a finite number {note}")
 
 
 def _run(command: Run) -> None:
@@ -159,7 +153,7 @@ def _run(command: Run) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(Path(run_dir)) for run_dir in command.run_dirs]
-    print(_run_table(names, runs), end="\n\n")
+    say(_run_table(names, runs), end="\n\n")
     _save(loss_figure(runs, names), path)
 
 
@@ -167,11 +161,11 @@ def _run_table(names: Sequence[str], runs: Sequence[RunRecord]) -> str:
     """Return each run's steps, its final and best objective, and its running totals."""
     judged = [metric for metric in runs[0].metrics if metric.best]
     totals = runs[0].of_kind("total")
-    words = [metric.name.replace("/", " ") for metric in judged]
+    words = [named(metric.name.replace("/", " ")) for metric in judged]
     header = ["run", "steps", *(f"{which} {word}" for word in words for which in ("final", "best"))]
-    rows = [[*header, *(total.brief or total.label for total in totals)]]
+    rows = [[*header, *(named(total.brief or total.label) for total in totals)]]
     for name, run in zip(names, runs, strict=True):
-        rows.append([name, f"{run.last_step:,}"])
+        rows.append([named(name), f"{run.last_step:,}"])
         for metric in judged:
             if best := run.best(metric):
                 final = metric.written(run.series[metric.name].values[-1])
@@ -187,15 +181,19 @@ def _run_table(names: Sequence[str], runs: Sequence[RunRecord]) -> str:
 def _report(command: Report) -> None:
     from jaxmorph.report.page import write_report
 
-    print(f"Report: {write_report(Path(command.run_dir))}")
+    say(f"Report: {write_report(Path(command.run_dir))}")
 
 
 def _figure_path(save: str | None, otherwise: str) -> Path:
     """Return the path of a figure; refuse folders and file types that cannot be written."""
-    path = Path(otherwise if save is None else save).expanduser()
+    try:
+        path = Path(otherwise if save is None else save).expanduser()
+        fits = is_folder(path.parent) and (is_nothing(path) or is_file(path))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError("--save", "", save, f"a path that can be used ({reason(error)})") from None
     if path.suffix.lower() not in _KINDS:
         raise InputError("--save", "", save, f"a file name ending in {', '.join(_KINDS)}")
-    if not path.parent.is_dir() or path.is_dir():
+    if not fits:
         raise InputError("--save", "", str(path), "a file in an existing folder")
     return path
 
@@ -205,7 +203,7 @@ def _save(figure: Figure, path: Path) -> None:
     from jaxmorph.report.page import write_file
 
     write_file(path, rendered(figure, path.suffix.lower()[1:]))
-    print(f"Figure: {path}")
+    say(f"Figure: {path}")
 
 
 def _key_table(points: Sequence[KeyPoint]) -> str:

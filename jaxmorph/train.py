@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxmorph.cli.command_line import run_command
+from jaxmorph.cli.printing import say
 from jaxmorph.config.mesh import parse_mesh
 from jaxmorph.config.resolve import resolve
 from jaxmorph.growth.dry_run import read_curve, simulate, simulation_report, walk_report
@@ -40,12 +41,12 @@ def main(
 def _train(argv: Sequence[str], tables: Tables | None, turns: Sequence[Turn] | None) -> int:
     operations = OPERATIONS if tables is None else tables.operations
     if any(word.replace("-", "_") == "__help_operations" for word in argv):
-        print(describe_operations(operations))
+        say(describe_operations(operations))
         return 0
     settings, sources = resolve(argv)
     plan = make_plan(settings, parse_mesh(settings.scale.mesh), operations)
     if settings.run.dry_run:
-        print(_dry_run(plan))
+        say(_dry_run(plan))
         return 0
     keep_freed_memory()
     from jaxmorph.training.loop import train  # imports JAX, so only after the settings are checked

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 import tyro
 
 from jaxmorph.cli.errors import InputError, nearest
+from jaxmorph.cli.plain_numbers import PlainNumbers
+from jaxmorph.cli.printing import say
 
 _READER_LEFT = 128 + 13  # the exit status that a shell reports for SIGPIPE
 
@@ -39,7 +41,7 @@ def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
     default, kind = tyro.MISSING_NONPROP, target
     if dataclasses.is_dataclass(target) and not isinstance(target, type):
         default, kind = target, type(target)
-    said = io.StringIO()
+    said, numbers = io.StringIO(), PlainNumbers()
     try:
         with contextlib.redirect_stderr(said):
             value, unknown = tyro.cli(
@@ -51,11 +53,12 @@ def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
                 use_underscores=True,
                 return_unknown_args=True,
                 config=(tyro.conf.OmitArgPrefixes,),
+                registry=numbers.registry(),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _refusal(said.getvalue(), prog) from None
+        raise _refusal(said.getvalue(), prog, numbers) from None
     if unknown:
         raise _unknown(unknown[0], argv, prog, dict(_flags(value)))
     return value
@@ -82,10 +85,10 @@ def parse_command(
         return parse(commands[name], argv[1:], f"{prog} {name}", words)
     if name in ("-h", "--help"):
         width = max(map(len, commands))
-        print(f"usage: {prog} {{{','.join(commands)}}} ...\n\n{description}\n")
+        say(f"usage: {prog} {{{','.join(commands)}}} ...\n\n{description}\n")
         for command, target in commands.items():
-            print(f"  {command:{width}}  {inspect.cleandoc(target.__doc__ or '').splitlines()[0]}")
-        print(f"\nFlags of each: {prog} {next(iter(commands))} --help")
+            say(f"  {command:{width}}  {inspect.cleandoc(target.__doc__ or '').splitlines()[0]}")
+        say(f"\nFlags of each: {prog} {next(iter(commands))} --help")
         raise SystemExit(0)
     raise InputError(prog, "", name or None, _one_of(list(commands)) + nearest(name, commands))
 
@@ -115,7 +118,7 @@ def _status(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except InputError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help has been printed
         if stop.code:
@@ -174,13 +177,13 @@ def _underscored(flag: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_")
 
 
-def _refusal(said: str, prog: str) -> InputError:
+def _refusal(said: str, prog: str, numbers: PlainNumbers) -> InputError:
     """Convert tyro's boxed message to an InputError; quote unknown messages in full."""
     title, lines, metavar = _unboxed(said)
     text = " ".join(line.strip() for line in lines)
     if title == "Value error" and (found := re.match(r"Error parsing (\S+): (.*)", text)):
-        values = re.findall(r"'([^']*)'", found[2])
-        return InputError(found[1], "", values[-1] if values else None, _expected(metavar))
+        got, rule = numbers.refused or (None, "")
+        return InputError(found[1], "", got, _expected(metavar) + rule)
     found = re.match(r"invalid choice '(.*)' for argument '(.*?)'\. Expected one of \((.*)\)", text)
     if found:
         choices = _choices(re.findall(r"'([^']*)'", found[3]))

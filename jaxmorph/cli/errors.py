@@ -5,12 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from jaxmorph.cli.printing import named, quoted, sentence
+
+_LONGEST_GUESS = 100  # characters; a longer word is no misspelling
+
 
 class InputError(Exception):
     """Bad input: a setting, a file or a flag that cannot be used as given.
 
     A command prints it as one message and exits with status 2. The message names the place of the
-    value, the value itself, and what was expected.
+    value, the value itself, and what was expected. It is one line of bounded length without control
+    characters, whatever the values are.
 
     Args:
       where: the file, or the flag with its dashes, the value came from.
@@ -21,12 +26,14 @@ class InputError(Exception):
 
     def __init__(self, where: str, field: str, got: object, expected: str):
         self.where, self.field, self.got, self.expected = where, field, got, expected
-        place = f"{where}: {field}" if field else where
-        found = "" if got is None else f"got {got!r}, "
-        super().__init__(f"{place}: {found}expected {expected}")
+        place = f"{named(where)}: {named(field)}" if field else named(where)
+        found = "" if got is None else f"got {quoted(got)}, "
+        super().__init__(f"{place}: {found}expected {sentence(expected)}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name closest to `name`, or ""."""
+    if len(name) > _LONGEST_GUESS:
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

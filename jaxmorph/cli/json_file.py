@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.cli.yaml_file import LARGEST_NUMBER, read_text
+from jaxmorph.cli.text_file import LARGEST_NUMBER, plain_float, read_text
 
 
 class _Object(dict):
@@ -24,11 +24,13 @@ def read_json(path: Path) -> Any:
     so that the caller can refuse them by field name.
 
     Raises:
-      InputError: unreadable, not UTF-8, too large, not valid, or a key given twice.
+      InputError: as `read_text`; not valid, or a key given twice.
     """
     where = str(path)
     try:
-        content = json.loads(read_text(path), object_pairs_hook=_object, parse_int=_int)
+        content = json.loads(
+            read_text(path), object_pairs_hook=_object, parse_int=_int, parse_float=plain_float
+        )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InputError(where, place, None, f"valid JSON ({error.msg})") from None

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from jaxmorph.cli.printing import escaped, say
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -43,7 +45,7 @@ class _Bar:
             TextColumn("[bold]train"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=Console(highlight=False),
             refresh_per_second=4,
@@ -51,10 +53,10 @@ class _Bar:
         self._task = self._progress.add_task("", total=total, completed=step, facts="compiling ...")
 
     def update(self, step: int, facts: str, seconds_left: float | None) -> None:
-        self._progress.update(self._task, completed=step, facts=facts)
+        self._progress.update(self._task, completed=step, facts=escaped(facts))
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(escaped(text, kept="\n\t"), markup=False)
 
     def __enter__(self) -> _Bar:
         self._progress.start()
@@ -77,7 +79,7 @@ class _Lines:
             self.note(f"step {step}/{self._total}  {facts}{left}")
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        say(text)
 
     def __enter__(self) -> _Lines:
         return self

@@ -1,8 +1,9 @@
 """YAML as people mean it, without YAML 1.1's surprises.
 
 YAML 1.1, which PyYAML reads, parses `3e-4` as a string, `yes` as a boolean, `017` as 15 and `1:30`
-as 90, lets the last of two equal keys win and lets aliases grow without bound. Here numbers are
-plain decimals, booleans are `true` and `false`, and repeated keys and aliases are refused.
+as 90, lets the last of two equal keys win, lets aliases grow without bound and lets tags (`!!bool`)
+convert what they name. Here numbers are plain decimals, booleans are `true` and `false`, and repeated
+keys, aliases and tags are refused.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ from typing import Any
 import yaml
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.text_file import LARGEST_NUMBER, plain_float, read_text
 
-_LARGEST_FILE = 4 << 20  # bytes; a settings or schedule file is a few kilobytes
-LARGEST_NUMBER = 400  # characters; int() refuses more than 4,300 with its own error
+_MOST_NODES = 40_000  # names and values; PyYAML reads some 40,000 in a second
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the resolver tables below in place of YAML 1.1's."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 -- PyYAML's own class attribute
+    nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="an alias (*name) is not allowed", problem_mark=mark)
+        event, problem = self.peek_event(), ""
+        self.nodes += 1
+        if isinstance(event, yaml.AliasEvent):
+            problem = "an alias (*name) is not allowed"
+        elif event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = f"a tag ({tag}) is not allowed"
+        elif self.nodes > _MOST_NODES:
+            problem = f"at most {_MOST_NODES:,} names and values"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -45,11 +55,14 @@ class _Loader(yaml.SafeLoader):
             seen[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
-
-def _int(loader: _Loader, node: Any) -> int:
-    if len(node.value) > LARGEST_NUMBER:
-        raise yaml.MarkedYAMLError(problem="a number is too long", problem_mark=node.start_mark)
-    return int(node.value)
+    def construct_number(self, node: Any) -> float:
+        if len(node.value) > LARGEST_NUMBER:
+            problem = f"a number of at most {LARGEST_NUMBER} characters, this one is too long"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if node.tag.endswith(":int"):
+            return int(node.value)
+        special = node.value.lower().endswith(("inf", "nan"))
+        return self.construct_yaml_float(node) if special else plain_float(node.value)
 
 
 _RESOLVERS: list[tuple[str, str, list[str]]] = [
@@ -65,32 +78,16 @@ _RESOLVERS: list[tuple[str, str, list[str]]] = [
 ]
 for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a settings or schedule file.
-
-    Raises:
-      InputError: unreadable, not UTF-8 or too large.
-    """
-    where = str(path)
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise InputError(where, "", path.stat().st_size, f"at most {_LARGEST_FILE} bytes")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(where, "", None, f"UTF-8 text ({error.reason} at {error.start})") from None
-    except OSError as error:
-        raise InputError(where, "", None, f"a readable file ({error.strerror})") from None
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file (JSON is YAML too) as plain Python values.
 
     Raises:
-      InputError: unreadable, not UTF-8, too large, not valid, more than one document, aliases, or a
-        repeated key; the message gives the line.
+      InputError: as `read_text`; not valid, more than one document, an alias, a tag, a repeated key,
+        or too many values; the message gives the line.
     """
     where, text = str(path), read_text(path)
     try:
@@ -98,7 +95,7 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(where, line, None, f"valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise InputError(where, "", None, f"valid YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
         raise InputError(where, "", None, "a flat mapping (nested too deep)") from None

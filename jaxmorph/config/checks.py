@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from jaxmorph.cli.errors import nearest
+from jaxmorph.cli.paths import reason
 from jaxmorph.config.fields import Field, fields_of, values_of
 from jaxmorph.config.mesh import MeshShape, parse_mesh
-from jaxmorph.config.run_shape import OperationError, RunShape
+from jaxmorph.config.run_shape import OperationError, RunShape, overflow
 from jaxmorph.config.settings import PathTo, Settings
 from jaxmorph.config.sources import Sources
 from jaxmorph.config.start import start_shape, total_steps, warmup_steps
@@ -31,6 +31,23 @@ def check_warmup(settings: Settings, sources: Sources, total: int) -> None:
         )
 
 
+def checked_total(
+    settings: Settings, sources: Sources, examples_per_epoch: int | None
+) -> int | None:
+    """Return the steps of the run, with its warmup checked; None while an epoch's length is unknown.
+
+    Raises:
+      InputError: more steps than can be counted, or see `check_warmup`.
+    """
+    try:
+        total = total_steps(settings, examples_per_epoch)
+    except OperationError as error:
+        raise sources.error(error.field, error.got, error.expected) from None
+    if total is not None:
+        check_warmup(settings, sources, total)
+    return total
+
+
 def check(settings: Settings, sources: Sources) -> None:
     """Check the settings individually, then together.
 
@@ -50,25 +67,30 @@ def check(settings: Settings, sources: Sources) -> None:
 
 
 def _check_range(name: str, value: Any, field: Field, sources: Sources) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise sources.error(name, value, "a finite number")
-    if value is not None and field.within is not None and not field.within.holds(value):
-        raise sources.error(name, value, f"a number {field.within}")
+    if value is not None and (problem := field.problem(value)):
+        raise sources.error(name, value, problem)
 
 
 def _check_path(name: str, value: str, path: PathTo, sources: Sources) -> None:
-    if value in path.keywords or path.holds(Path(value)):
-        return
+    why = ""
+    try:
+        if value in path.keywords or path.holds(Path(value)):
+            return
+    except (OSError, ValueError) as error:
+        why = f" ({reason(error)})"
     wanted = " or ".join(filter(None, [", ".join(path.keywords), path.expected]))
-    raise sources.error(name, value, wanted + nearest(Path(value).name, path.keywords))
+    raise sources.error(name, value, wanted + why + nearest(Path(value).name, path.keywords))
 
 
 def _checked_start(settings: Settings, sources: Sources) -> RunShape:
     """Return the shape the run starts with, as far as it is known before the corpus is read."""
     try:
-        return start_shape(settings, None, total_steps(settings, None))
+        start = start_shape(settings, None, total_steps(settings, None))
     except OperationError as error:
         raise sources.error(error.field, error.got, error.expected) from None
+    if problem := overflow(start):
+        raise sources.error(*problem)
+    return start
 
 
 def _check_model(settings: Settings, start: RunShape, sources: Sources) -> None:
@@ -99,9 +121,7 @@ def _check_optimizer(settings: Settings, sources: Sources) -> None:
         raise sources.error(
             "min_lr_ratio", 0.0, f"a number > 0 with scheduler {optimizer.scheduler}"
         )
-    total = total_steps(settings, None)
-    if total is not None:
-        check_warmup(settings, sources, total)
+    checked_total(settings, sources, None)
 
 
 def _check_files(settings: Settings, sources: Sources) -> None:

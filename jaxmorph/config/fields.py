@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxmorph.cli.errors import InputError
 from jaxmorph.config.settings import MayChange, PathTo, Settings, Within
 
 
@@ -31,6 +32,12 @@ class Field:
     path: PathTo | None
     changeable: bool
 
+    def problem(self, value: Any) -> str | None:
+        """Return what is expected instead of a number; None if it can be used, or is no number."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return (self.within or Within()).problem(value, float if float in self.types else int)
+
 
 @functools.cache
 def fields_of(settings: type[Settings]) -> Mapping[str, Field]:
@@ -41,6 +48,21 @@ def fields_of(settings: type[Settings]) -> Mapping[str, Field]:
         if dataclasses.is_dataclass(kind)
         for name, hint in typing.get_type_hints(kind, include_extras=True).items()
     }
+
+
+def check_flags(command: Any) -> None:
+    """Check every number of a command's flags against its annotation.
+
+    Args:
+      command: a parsed dataclass whose fields are annotated like settings.
+
+    Raises:
+      InputError: names the flag.
+    """
+    for name, hint in typing.get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        if problem := _field("", hint).problem(value):
+            raise InputError(f"--{name}", "", value, problem)
 
 
 def changeable(name: str) -> bool:

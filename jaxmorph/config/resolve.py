@@ -41,9 +41,23 @@ def resolve(
     values = read_settings(path, fields) if path else {}
     settings = parse(with_values(defaults, values), argv, prog, _DESCRIPTION)
     sources = Sources(str(path), frozenset(values), _flags_in(argv, fields))
-    settings = with_values(settings, _absolute_paths(settings, sources, path))
+    return checked(settings, sources, path), sources
+
+
+def checked(settings: Settings, sources: Sources, config: Path | None) -> Settings:
+    """Return the settings with their paths made absolute, once every check has passed.
+
+    Args:
+      settings: as the flags and the file have them.
+      sources: where each came from.
+      config: the file.
+
+    Raises:
+      InputError: see `resolve`.
+    """
+    settings = with_values(settings, _absolute_paths(settings, sources, config))
     check(settings, sources)
-    return settings, sources
+    return settings
 
 
 def _config_path(argv: Sequence[str]) -> Path | None:
@@ -73,5 +87,8 @@ def _absolute_paths(settings: Settings, sources: Sources, config: Path | None) -
             continue
         from_file = name in sources.in_file and name not in sources.flags and config is not None
         base = config.parent if from_file and config is not None else Path()
-        absolute[name] = os.path.abspath(base / Path(value).expanduser())
+        try:
+            absolute[name] = os.path.abspath(base / Path(value).expanduser())
+        except RuntimeError as error:  # ~name of nobody
+            raise sources.error(name, value, f"a path ({error})") from None
     return absolute

@@ -6,10 +6,18 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from jaxmorph.cli.printing import quoted
 from jaxmorph.cli.wording import repeatable
 from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Within
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # for float32 arrays, with room to multiply
+_LARGEST_ARRAY = 2**60 - 1  # entries, of 8 bytes at most: bytes are counted in 64 bits
+_ARRAYS = (  # the sizes of the largest arrays of a model
+    ("n_layers", "d_model", "d_ff"),
+    ("n_layers", "d_model", "n_heads", "head_dim"),
+    ("vocab_size", "d_model"),
+    ("seq_len", "d_model"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class OperationError(ValueError):
 
     def __init__(self, got: object, expected: str, field: str = "value"):
         self.got, self.expected, self.field = got, expected, field
-        super().__init__(f"{field}: got {got!r}, expected {expected}")
+        super().__init__(f"{field}: got {quoted(got)}, expected {expected}")
 
 
 def check_number(got: object, kind: type, within: Within, field: str = "value") -> None:
@@ -77,14 +85,31 @@ def check_number(got: object, kind: type, within: Within, field: str = "value") 
     Raises:
       OperationError: it is not; true and false are not numbers.
     """
-    wanted = "a whole number" if kind is int else "a number"
-    limits = str(within)
+    noun = "a whole number" if kind is int else "a number"
     if not isinstance(got, int if kind is int else (int, float)) or isinstance(got, bool):
-        raise OperationError("null" if got is None else got, f"{wanted} {limits}".strip(), field)
-    if isinstance(got, float) and not math.isfinite(got):
-        raise OperationError(got, f"a finite number {limits}".strip(), field)
-    if not within.holds(got):
-        raise OperationError(got, f"{wanted} {limits}", field)
+        raise OperationError("null" if got is None else got, f"{noun} {within}".strip(), field)
+    if wanted := within.problem(got, kind, noun):
+        raise OperationError(got, wanted, field)
+
+
+def overflow(shape: RunShape) -> tuple[str, object, str] | None:
+    """Return a size or a rate that is too large with the others: (name, value, what is expected)."""
+    model, peak = shape.model, shape.learning_rate * shape.lr_multiplier
+    if not _SMALLEST <= peak <= _LARGEST:
+        wanted = f"a product with lr_multiplier from {_SMALLEST:g} to {_LARGEST:g}, not {peak:g}"
+        return "learning_rate", shape.learning_rate, wanted
+    if model.d_ff > LARGEST_COUNT:
+        return "d_ff", model.d_ff, f"a width of at most {LARGEST_COUNT}"
+    if (tokens := shape.batch_size * (model.seq_len + 1)) > LARGEST_COUNT:
+        wanted = f"a batch of at most {LARGEST_COUNT:,} tokens, not {tokens:,}, with the seq_len"
+        return "batch_size", shape.batch_size, wanted
+    for names in _ARRAYS:
+        sizes = {name: getattr(model, name) for name in names}
+        if (entries := math.prod(sizes.values())) > _LARGEST_ARRAY:
+            product = " × ".join(f"{name} {size:,}" for name, size in sizes.items())
+            wanted = f"a product of at most {_LARGEST_ARRAY:.2g} ({product} = {entries:.2g})"
+            return "d_model", model.d_model, wanted
+    return None
 
 
 def whole_product(size: int, factor: float) -> int | None:

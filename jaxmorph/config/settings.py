@@ -8,15 +8,24 @@ This module and its imports do not import JAX, so that `--help` and input errors
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+from jaxmorph.cli.paths import is_file, is_file_or_folder, is_folder_or_free, is_path
+
+_SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # below: flushed to 0
+
 
 @dataclass(frozen=True)
 class Within:
-    """The range of a number: `low` and `high` are inclusive, `above` and `below` exclusive."""
+    """The range of a number: `low` and `high` are inclusive, `above` and `below` exclusive.
+
+    A float must lie in it as float32 too, the type of a run's arrays: 1e-50 would be 0 there, 1e39
+    infinite, and 0.9999999999 is not below 1.
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -26,6 +35,28 @@ class Within:
     def holds(self, value: float) -> bool:
         """Return whether a finite `value` lies in the range."""
         return self.low <= value <= self.high and self.above < value < self.below
+
+    def problem(self, value: float, kind: type, noun: str = "a number") -> str | None:
+        """Return what is expected instead of a number; None where it can be used.
+
+        Args:
+          value: the number; an integer may stand for a float.
+          kind: int or float, the type it is used as.
+          noun: what is expected, without its range.
+        """
+        wanted = f"{noun} {self}".strip()
+        if isinstance(value, float) and not math.isfinite(value):
+            return wanted.replace("a ", "a finite ", 1)
+        if not self.holds(value):
+            return wanted
+        if kind is int:
+            return None
+        if value and not _SMALLEST_FLOAT32 <= abs(value) <= _LARGEST_FLOAT32:
+            limits = f"{_SMALLEST_FLOAT32:.2g} and {_LARGEST_FLOAT32:.2g}"
+            becomes = "0" if abs(value) < 1 else "infinite"
+            return f"{wanted}, of a size between {limits} (in float32 this one is {becomes})"
+        (stored,) = struct.unpack("f", struct.pack("f", value))
+        return None if self.holds(stored) else f"{wanted} (in float32 this one is {stored:g})"
 
     def __str__(self) -> str:
         bounds = ((self.low, "≥"), (self.above, ">"), (self.high, "≤"), (self.below, "<"))
@@ -38,7 +69,7 @@ class PathTo:
 
     Args:
       expected: what must be there, in words.
-      holds: checks the path.
+      holds: checks the path; may raise OSError or ValueError, whose text is then the reason.
       keywords: words accepted instead of a path, and left unchanged.
     """
 
@@ -65,14 +96,11 @@ Ratio = Annotated[float, Within(low=0, high=1)]
 
 STDLIB = "stdlib"
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2")
-ExistingFile = Annotated[str, PathTo("an existing file", Path.is_file)]
-AnyPath = Annotated[str, PathTo("a path", lambda path: True)]
-Folder = Annotated[
-    str,
-    PathTo("a folder, or a path not yet in use", lambda path: path.is_dir() or not path.exists()),
-]
-CorpusPath = Annotated[str, PathTo("an existing file or folder", Path.exists, (STDLIB,))]
-TokenizerPath = Annotated[str, PathTo("an existing tokenizer.json", Path.is_file, TOKENIZER_KINDS)]
+ExistingFile = Annotated[str, PathTo("an existing file", is_file)]
+AnyPath = Annotated[str, PathTo("a path", is_path)]
+Folder = Annotated[str, PathTo("a folder, or a path not yet in use", is_folder_or_free)]
+CorpusPath = Annotated[str, PathTo("an existing file or folder", is_file_or_folder, (STDLIB,))]
+TokenizerPath = Annotated[str, PathTo("an existing tokenizer.json", is_file, TOKENIZER_KINDS)]
 
 Scheduler = Literal[
     "cosine", "onecycle", "wsd", "linear", "constant", "step", "exponential", "polynomial",
@@ -91,7 +119,7 @@ class RunSettings:
     """Seed of initialisation, data order and dropout."""
     max_steps: Changeable[Positive | None] = None
     """Optimizer steps to train. Default: 2000, unless num_epochs is given."""
-    num_epochs: Changeable[PositiveFloat | None] = None
+    num_epochs: Changeable[Annotated[float, Within(above=0, high=LARGEST_COUNT)] | None] = None
     """Passes over the training split, instead of max_steps."""
     eval_interval: Changeable[Positive] = 250
     """Steps between evaluations (there is always one at step 0 and one at the end)."""

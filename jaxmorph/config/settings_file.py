@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ def _typed(where: str, name: str, value: Any, options: tuple[Any, ...]) -> Any:
             try:
                 return float(value)
             except OverflowError:
-                return math.inf  # the range check refuses it
+                return value  # the range check refuses it
         if type(value) is option:
             return value
     shown = "null" if value is None else value

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from jaxmorph.config.run_shape import OperationError, RunShape, divided, scaled_count, scaled_number
-from jaxmorph.config.settings import ModelConfig, Settings
+from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Settings
 
 DEFAULT_MAX_STEPS = 2000
 Number = TypeVar("Number", int, float)
@@ -84,6 +84,9 @@ def total_steps(settings: Settings, examples_per_epoch: int | None) -> int | Non
     """Return the number of optimizer steps; None while the length of an epoch is unknown.
 
     Epochs are converted with the batch size at the start, whatever it grows to.
+
+    Raises:
+      OperationError: more than 32 bits can count; its `field` is the flag.
     """
     if settings.run.num_epochs is None:
         return settings.run.max_steps or DEFAULT_MAX_STEPS
@@ -91,7 +94,11 @@ def total_steps(settings: Settings, examples_per_epoch: int | None) -> int | Non
         return None
     start = start_shape(settings, None, None)
     per_step = start.batch_size * start.grad_accum_steps
-    return max(1, int(settings.run.num_epochs * examples_per_epoch / per_step))
+    steps = settings.run.num_epochs * examples_per_epoch / per_step
+    if steps > LARGEST_COUNT:
+        wanted = f"a number that gives at most {LARGEST_COUNT} steps, not {steps:.3g}"
+        raise OperationError(settings.run.num_epochs, wanted, "num_epochs")
+    return max(1, int(steps))
 
 
 def warmup_steps(settings: Settings, total: int) -> int:

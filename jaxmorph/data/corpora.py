@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import named, say, sentence
 from jaxmorph.config.settings import STDLIB
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -81,7 +82,8 @@ def _read_folder(root: Path) -> Documents:
     text, skipped = _read_files(root, _walk(root, set()))
     if skipped:
         names = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
-        print(f"{root}: skipped {len(skipped)} files that are not UTF-8: {names}", file=sys.stderr)
+        found = f"skipped {len(skipped)} files that are not UTF-8: {sentence(names)}"
+        say(f"{named(str(root))}: {found}", file=sys.stderr)
     return text
 
 

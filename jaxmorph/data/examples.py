@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import named, say
 from jaxmorph.data.corpora import (
     STDLIB,
     Documents,
@@ -190,7 +191,10 @@ def _write_cache(
         _replace(val_file, val)
         _replace(manifest, json.dumps(entry).encode())  # last: it validates the other two
     except OSError as error:
-        print(f"{folder}: the tokenised corpus is not cached ({error.strerror})", file=sys.stderr)
+        say(
+            f"{named(str(folder))}: the tokenised corpus is not cached ({error.strerror})",
+            file=sys.stderr,
+        )
 
 
 def _replace(path: Path, content: np.ndarray | bytes) -> None:

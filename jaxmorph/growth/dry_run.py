@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.text_file import read_text
 from jaxmorph.cli.wording import aligned, repeatable, short, short_flops
-from jaxmorph.cli.yaml_file import read_text
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.growth.plan import Stage
@@ -24,6 +24,7 @@ from jaxmorph.model.architecture import (
 )
 from jaxmorph.step.memory import memory
 
+_LARGEST_CURVE = 16_000_000  # bytes: some 600,000 evaluations
 Curve = Sequence[tuple[int, float]]
 _STEP = re.compile(r"[0-9]{1,10}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.ASCII)
@@ -69,7 +70,7 @@ def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
             ]
         ),
         "Models, from the stage named (memory is without activations):",
-        _table([_MODEL_COLUMNS, *_where_changed([_model(s.shape, optimizer) for s in stages])]),
+        _table([_MODEL_COLUMNS, *_where_changed(_models(stages, optimizer))]),
         "Training, from the stage named:",
         _table([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
         *(["Warnings:", "\n".join(warnings)] if warnings else []),
@@ -124,6 +125,15 @@ def _where_changed(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [(str(number), *row) for number, (last, row) in enumerate(pairs) if row != last]
 
 
+def _models(stages: Sequence[Stage], optimizer: OptimizerSettings) -> list[tuple[str, ...]]:
+    """Return the model's columns at every stage; counted only where a stage has another model."""
+    rows: list[tuple[str, ...]] = []
+    for before, stage in zip([None, *stages], stages, strict=False):
+        same = before is not None and before.shape.program_key == stage.shape.program_key
+        rows.append(rows[-1] if same else _model(stage.shape, optimizer))
+    return rows
+
+
 def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
     model, held = shape.model, memory(shape, optimizer)
     ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
@@ -167,7 +177,7 @@ def read_curve(path: Path) -> list[tuple[int, float]]:
     Raises:
       InputError: a wrong header, a malformed row, or steps that do not increase; names the line.
     """
-    where, rows = str(path), csv.reader(io.StringIO(read_text(path)), strict=True)
+    where, rows = str(path), csv.reader(io.StringIO(read_text(path, _LARGEST_CURVE)), strict=True)
     curve: list[tuple[int, float]] = []
     try:
         header = next(rows, [])

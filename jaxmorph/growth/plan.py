@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.wording import repeatable
 from jaxmorph.config.mesh import MeshShape
-from jaxmorph.config.run_shape import OperationError, RunShape, whole_product
+from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
 from jaxmorph.growth.operations import OPERATIONS, Operation
@@ -156,6 +156,9 @@ def walk(
 def _next_stage(before: Stage, entry: Entry) -> Stage:
     operation, shape = entry.operation, before.shape
     after = operation.next_shape(shape, entry.value, entry.options)
+    if problem := overflow(after):
+        name, size, wanted = problem
+        raise OperationError(entry.value, f"for the {name} after it ({size}), {wanted}")
     options = operation.with_defaults(entry.options)
     return Stage(
         before.number + 1,

@@ -24,7 +24,7 @@ from jaxmorph.growth.operations import OPERATIONS, Operation
 _REQUIRED = ("name", "value", "reevaluate")
 _TRIGGERS = ("trigger_loss", "trigger_plateau", "max_wait_iters")
 _FIELDS = (*_REQUIRED, *_TRIGGERS, "desc", "options", "completed")
-_LONGEST_QUOTE = 80  # characters of what the user wrote
+_MOST_ENTRIES = 1000
 _LOSS = Within(above=0, high=1e9)
 _COUNT = Within(low=1, high=LARGEST_COUNT)
 
@@ -81,7 +81,10 @@ def load_schedule(
         raise InputError(str(path), "", None, f"a file named {', '.join(f'*{s}' for s in readers)}")
     content = readers[path.suffix](path)
     if not isinstance(content, list):
-        raise InputError(str(path), "", type(content).__name__, "a list of entries")
+        kind = "dict" if isinstance(content, dict) else type(content).__name__
+        raise InputError(str(path), "", kind, "a list of entries")
+    if len(content) > _MOST_ENTRIES:
+        raise InputError(str(path), "", len(content), f"at most {_MOST_ENTRIES:,} entries")
     rows = enumerate(content, 1)
     return tuple(_entry(str(path), number, item, operations) for number, item in rows)
 
@@ -126,9 +129,8 @@ def refusal(where: str, number: int, name: str, error: OperationError) -> InputE
       error: what is wrong.
     """
     place = f"entry {number} ({name})" if name else f"entry {number}"
-    got = error.got if len(repr(error.got)) <= _LONGEST_QUOTE else type(error.got).__name__
     field = f"{place}: {error.field}" if error.field else place
-    return InputError(where, field, got, error.expected)
+    return InputError(where, field, error.got, error.expected)
 
 
 def _entry(where: str, number: int, item: Any, operations: Mapping[str, Operation]) -> Entry:
@@ -152,8 +154,8 @@ def _checked_entry(number: int, item: Any, operations: Mapping[str, Operation]) 
     _check_triggers(item)
     threshold = item.get("trigger_loss")
     desc, completed = item.get("desc", ""), item.get("completed")
-    if not isinstance(desc, str):
-        raise OperationError(_shown(desc), "text", "desc")
+    if not (isinstance(desc, str) and _is_unicode(desc)):
+        raise OperationError(_shown(desc), "text, in valid Unicode", "desc")
     for flag in ("reevaluate", "completed"):
         if flag in item and not isinstance(item[flag], bool):
             raise OperationError(_shown(item[flag]), "true or false", flag)
@@ -205,6 +207,11 @@ def _as_declared(operation: Operation, options: Mapping[str, Any]) -> dict[str, 
         name: float(given) if isinstance(operation.options[name].default, float) else given
         for name, given in options.items()
     }
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether text can be written to a file: it has no halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxmorph.cli.printing import named
 from jaxmorph.cli.wording import short, short_flops
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import Settings
@@ -25,7 +26,8 @@ def describe(
       total: steps of the run; None until known from the corpus.
       corpus: one line about the corpus; None before it is read.
     """
-    lines = [f"Run folder: {settings.run.run_dir}", f"Data: {corpus or _data(settings)}"]
+    lines = [f"Run folder: {named(str(settings.run.run_dir))}"]
+    lines.append(f"Data: {named(corpus or _data(settings))}")
     lines += _model(settings, start)
     lines += _lora(start)
     lines.append(_batch(start, total))

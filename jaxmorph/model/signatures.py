@@ -22,6 +22,7 @@ nothing matches on path names.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -111,6 +112,7 @@ class Signature:
         return " ".join([*self.stacked, "|", *words] if self.stacked else words)
 
 
+@functools.cache  # a plan of a thousand stages asks for the same few signatures at each
 def parse_signature(text: str) -> Signature:
     """Parse a signature.
 

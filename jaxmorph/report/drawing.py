@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxmorph.cli.printing import escaped
 from jaxmorph.report.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def plain(text: str) -> str:
-    """Return text that matplotlib draws literally: no formulas, no hidden legend entries."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+    """Return text that matplotlib draws literally: no formulas, no hidden legend entries, one line."""
+    return (" " if text.startswith("_") else "") + escaped(text).replace("$", r"\$")
 
 
 def new_figure(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.paths import reason
+from jaxmorph.cli.printing import named
 from jaxmorph.report.drawing import rendered
 from jaxmorph.report.figures import figure_title, run_figures
 from jaxmorph.report.run_record import FiredOperation, RunRecord, read_run, throughput
@@ -51,6 +54,16 @@ th { color: var(--soft); font-weight: 500; }
 .settings span { color: var(--soft); }
 .settings code { overflow-wrap: anywhere; text-align: right; }
 """
+# The page has no scripts and loads nothing; its one style sheet is known by its digest.
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "img-src data:",
+        f"style-src 'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    )
+)
 
 
 def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path:
@@ -83,21 +96,22 @@ def write_file(path: Path, content: bytes) -> None:
     """
     try:
         replace_file(path, content)
-    except OSError as error:
-        raise InputError(str(path), "", None, f"a writable file ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), "", None, f"a writable file ({reason(error)})") from None
 
 
 def _page(run: RunRecord, images: dict[str, bytes]) -> str:
-    name = html.escape(run.name)
+    name = _text(run.name)
     judged = [figure for figure, drawn in by_figure(run.metrics).items() if objective(drawn)]
     wide = [figure for figure in (*judged, _TIMELINE) if figure in images]
     small = [figure for figure in images if figure not in wide]
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{name} – jaxmorph run</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
         f"<h1>{name}</h1>",
-        f'<p class="where">{html.escape(str(run.folder.resolve()))}</p>',
+        f'<p class="where">{_text(run.folder.resolve())}</p>',
         _facts(run),
         *(_figure(n, images[n]) for n in wide),
         f'<div class="pair">{"".join(_figure(n, images[n]) for n in small)}</div>',
@@ -110,8 +124,7 @@ def _page(run: RunRecord, images: dict[str, bytes]) -> str:
 
 def _facts(run: RunRecord) -> str:
     tiles = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"
-        f"<small>{html.escape(note)}</small></dd></div>"
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}<small>{_text(note)}</small></dd></div>"
         for name, value, note in summary(run)
     )
     return f'<dl class="facts">{tiles}</dl>'
@@ -156,7 +169,10 @@ def _title(words: str) -> str:
 
 
 def _figure(name: str, image: bytes) -> str:
-    title, source = figure_title(name), f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    title, source = (
+        _text(figure_title(name)),
+        f"data:image/png;base64,{base64.b64encode(image).decode()}",
+    )
     return f'<section><h2>{title}</h2><img alt="{title}" src="{source}"></section>'
 
 
@@ -167,8 +183,7 @@ def _operations(run: RunRecord) -> str:
     rows = [_operation(operation, judged) for operation in run.operations]
     head = "".join(f"<th>{title}</th>" for title in rows[0])
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row.values())}</tr>"
-        for row in rows
+        f"<tr>{''.join(f'<td>{_text(text)}</td>' for text in row.values())}</tr>" for row in rows
     )
     table = f"<table><tr>{head}</tr>{body}</table>"
     return f"<section><h2>Operations</h2>{table}</section>"
@@ -204,10 +219,15 @@ def _settings(settings: dict[str, Any]) -> str:
     if not settings:
         return ""
     rows = "".join(
-        f"<p><span>{html.escape(str(name))}</span><code>{html.escape(_yaml_word(value))}</code></p>"
+        f"<p><span>{_text(name)}</span><code>{_text(_yaml_word(value))}</code></p>"
         for name, value in settings.items()
     )
     return f'<section><h2>Settings</h2><div class="settings">{rows}</div></section>'
+
+
+def _text(value: object) -> str:
+    """Return a value as text of the page, whatever it holds: escaped, and of bounded length."""
+    return html.escape(named(str(value)))
 
 
 def _yaml_word(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.paths import is_file, reason
+from jaxmorph.cli.text_file import read_text
 from jaxmorph.cli.yaml_file import read_yaml
 from jaxmorph.step.metrics import DEFAULT, METRIC_TABLE, Kind, Metric, table_from_json
 
@@ -144,9 +146,13 @@ def read_run(run_dir: Path, metrics: Sequence[Metric] | None = None) -> RunRecor
     Raises:
       InputError: not a run folder, or a file in it that no run writes.
     """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(str(run_dir), "", None, "a run folder, with metrics.jsonl in it")
+    path, why = run_dir / "metrics.jsonl", ""
+    try:
+        found = is_file(path)
+    except (OSError, ValueError) as error:
+        found, why = False, f" ({reason(error)})"
+    if not found:
+        raise InputError(str(run_dir), "", None, f"a run folder, with metrics.jsonl in it{why}")
     known = {metric.name: metric for metric in metrics or _read_metric_table(run_dir)}
     columns = {name: _Column() for name in known}
     last_step = 0
@@ -172,7 +178,7 @@ def _read_metric_table(run_dir: Path) -> tuple[Metric, ...]:
     if not path.is_file():
         return DEFAULT
     try:
-        return table_from_json(path.read_text("utf-8"))
+        return table_from_json(read_text(path))
     except ValueError as error:
         raise InputError(str(path), "", None, f"a table of metrics ({error})") from None
 

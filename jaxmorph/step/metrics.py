@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxmorph.cli.wording import duration, short, short_flops
 
@@ -103,6 +103,12 @@ DEFAULT: tuple[Metric, ...] = (*RUN_METRICS, *LM_METRICS)
 
 
 METRIC_TABLE = "metric_table.json"  # its file in a run folder
+_SAFE = {
+    **{"name": r".{1,200}", "label": r".{0,200}", "unit": r".{0,200}", "brief": r".{0,200}"},
+    **{"figure": r"\w{0,60}", "form": r"(?!.*\d{3}).{0,40}"},
+    **{"kind": "|".join(get_args(Kind)), "style": "|".join(get_args(Style))},
+    "best": "|".join(get_args(Best)),
+}
 _FORMS = {form.__name__: form for form in (short, short_flops, duration)}
 
 
@@ -125,11 +131,18 @@ def table_from_json(text: str) -> tuple[Metric, ...]:
       ValueError: no such table.
     """
     try:
-        return tuple(Metric(**row | {"form": _form(row["form"]),
-                                     "changed_by": tuple(row["changed_by"])})
-                     for row in json.loads(text))  # fmt: skip
-    except (TypeError, KeyError, AttributeError) as error:
+        return tuple(_metric(row) for row in json.loads(text))
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+
+
+def _metric(row: dict[str, Any]) -> Metric:
+    """Return the metric of a row; whoever wrote it, its figure names a file and its form is short."""
+    for name, pattern in _SAFE.items():
+        if not re.fullmatch(pattern, row[name]):
+            raise ValueError(f"{name}: {row[name]!r}")
+    named = {"form": _form(row["form"]), "changed_by": tuple(row["changed_by"])}
+    return Metric(**row | named)
 
 
 def _form(name: str) -> str | Callable[[float], str]:

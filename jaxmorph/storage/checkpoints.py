@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import say
 from jaxmorph.storage.array_files import ArrayFiles, copied_to_host
 from jaxmorph.storage.formats import (
     MIGRATIONS,
@@ -63,7 +64,7 @@ class CorruptCheckpointsError(InputError):
 
 def say_corrupt(step: int, problem: str) -> None:
     """Report on stderr that a checkpoint is skipped, and why."""
-    print(f"checkpoint {step} is corrupt: {problem}", file=sys.stderr)
+    say(f"checkpoint {step} is corrupt: {problem}", file=sys.stderr)
 
 
 class Checkpoints:

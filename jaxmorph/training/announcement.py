@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxmorph.cli.printing import named
 from jaxmorph.model.architecture import parameter_count
 from jaxmorph.training.operate import OperationResult, title
 
@@ -25,7 +26,7 @@ def announcement(done: OperationResult, operations: int) -> str:
     entry, position = done.entry, done.position
     lines = [
         f"=== Operation {entry.number} of {operations} at step {position.step:,}: {title(entry)} ===",
-        *([f"  {entry.desc}"] if entry.desc else []),
+        *([f"  {named(entry.desc)}"] if entry.desc else []),
         f"  Trigger: {_trigger(done)}",
     ]
     lines += [f"  {change}" for change in _settings_changed(done)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import say, sentence
 from jaxmorph.cli.progress import Progress, make_progress
 from jaxmorph.config.fields import values_of
 from jaxmorph.config.settings import Settings
@@ -69,15 +70,15 @@ def train(
         with contextlib.closing(setup.checkpoints), contextlib.closing(setup.compiler):
             state, position, resumed = begin_or_resume(setup)
             if position.step >= setup.total_steps and position.pending is None:
-                print(f"The run is finished: step {position.step} of {setup.total_steps}.")
+                say(f"The run is finished: step {position.step} of {setup.total_steps}.")
                 return 0
             _record_start(setup, position, resumed=resumed)
             try:
                 status = run_steps(setup, state, position, signals, turns, resumed=resumed)
             except CheckpointError as error:
-                print(f"error: {error}", file=sys.stderr)
+                say(f"error: {error}", file=sys.stderr)
                 return 1
-        print(f"Report: {write_report(run_dir)}")
+        say(f"Report: {write_report(run_dir)}")
         return status
 
 
@@ -131,7 +132,7 @@ def run_steps(
         except (DivergedError, OperationFailedError) as error:
             checkpoints.wait()
             good = checkpoints.folder / str(checkpoints.newest())
-            print(f"error: {error}. The last good checkpoint is {good}", file=sys.stderr)
+            say(f"error: {error}. The last good checkpoint is {good}", file=sys.stderr)
             return 1
     checkpoints.wait()
     return 0 if signals.received is None else signals.exit_status
@@ -153,7 +154,7 @@ def _run_loop(run: Run, turns: Sequence[Turn], *, resumed: bool) -> None:
 def _record_start(setup: Setup, position: Position, *, resumed: bool) -> None:
     software = software_facts(list(setup.mesh.devices.flat))
     for line in record_start(setup.run_dir, position.step, resumed, software):
-        print(line)
+        say(sentence(line))
 
 
 def _step_log(setup: Setup, position: Position, progress: Progress) -> StepLog:

@@ -10,12 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.checks import check_warmup
+from jaxmorph.cli.printing import say
+from jaxmorph.config.checks import checked_total
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.sources import Sources
-from jaxmorph.config.start import total_steps
 from jaxmorph.data.examples import TokenizedCorpus, load_tokens
 from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.summary import describe
@@ -74,9 +74,9 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
     settings, task = plan.settings, tables.step.task
     corpus = _corpus(plan)
     streams = _streams(plan, corpus, task)
-    total = total_steps(settings, streams[plan.start.model.seq_len].examples_per_epoch)
+    examples = streams[plan.start.model.seq_len].examples_per_epoch
+    total = checked_total(settings, sources, examples)
     assert total is not None
-    check_warmup(settings, sources, total)
     mesh = make_mesh(plan.mesh)
     shape = mesh_shape(mesh)
     plan = plan.completed(vocab_size=corpus.tokenizer.vocab_size, total=total, mesh=shape)
@@ -146,14 +146,14 @@ def _check_validation(mesh: MeshShape, corpus: TokenizedCorpus, plan: Plan, task
 
 def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) -> None:
     device = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
-    print(f"jaxmorph on jax {jax.__version__}, {device}")
-    print(describe(plan.settings, plan.start, total=total, corpus=corpus.description))
+    say(f"jaxmorph on jax {jax.__version__}, {device}")
+    say(describe(plan.settings, plan.start, total=total, corpus=corpus.description))
     for stage in plan.stages:
         place = f"{stage.entry.number} of the schedule: " if stage.entry else ""
         for warning in stage.warnings:
-            print(f"warning: {place}{warning}")
+            say(f"warning: {place}{warning}")
     if plan.entries:
         start, end = (parameter_count(plan.stages[k].shape.model) for k in (0, -1))
         grows = f", from {start:,} to {end:,} parameters" if start != end else ""
         count = f"{len(plan.entries)} operation{'s' * (len(plan.entries) > 1)}"
-        print(f"Schedule: {count}{grows} (--dry_run shows each)")
+        say(f"Schedule: {count}{grows} (--dry_run shows each)")

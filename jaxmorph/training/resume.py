@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import say, sentence
 from jaxmorph.config.fields import changeable, values_of
 from jaxmorph.config.settings import ModelConfig
 from jaxmorph.growth.schedule import Entry, entry_sha256
@@ -148,7 +149,7 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     state = restore_state(
         setup.checkpoints, step, programs.abstract_state, programs.state_shardings
     )
-    print(f"Resuming at step {step}." + "".join(f"\n  changed {line}" for line in changes))
+    say(f"Resuming at step {step}." + "".join(f"\n  changed {sentence(line)}" for line in changes))
     return _with_total_steps(state, setup.total_steps), record.position
 
 

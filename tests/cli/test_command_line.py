@@ -157,7 +157,7 @@ def test_command_reports_bad_input_with_status_2_and_nothing_else(capsys):
         raise InputError("a\nb.yaml", "n_heads", 5, "a divisor of d_model (384)")
 
     assert run_command(refuses) == 2
-    wanted = "error: a b.yaml: n_heads: got 5, expected a divisor of d_model (384)\n"
+    wanted = "error: a\\nb.yaml: n_heads: got 5, expected a divisor of d_model (384)\n"
     assert capsys.readouterr() == ("", wanted)
 
 
