@@ -19,6 +19,7 @@ from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.cli.plain_numbers import PlainNumbers
 from jaxmorph.cli.printing import say
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _READER_LEFT = 128 + 13  # the exit status that a shell reports for SIGPIPE
 
 
@@ -58,7 +59,7 @@ def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise _refusal(said.getvalue(), prog, numbers) from None
+        raise _refusal(said.getvalue(), prog, argv, numbers) from None
     if unknown:
         raise _unknown(unknown[0], argv, prog, dict(_flags(value)))
     return value
@@ -177,7 +178,7 @@ def _underscored(flag: str) -> str:
     return flag[:2] + flag[2:].replace("-", "_")
 
 
-def _refusal(said: str, prog: str, numbers: PlainNumbers) -> InputError:
+def _refusal(said: str, prog: str, argv: Sequence[str], numbers: PlainNumbers) -> InputError:
     """Convert tyro's boxed message to an InputError; quote unknown messages in full."""
     title, lines, metavar = _unboxed(said)
     text = " ".join(line.strip() for line in lines)
@@ -186,8 +187,8 @@ def _refusal(said: str, prog: str, numbers: PlainNumbers) -> InputError:
         return InputError(found[1], "", got, _expected(metavar) + rule)
     found = re.match(r"invalid choice '(.*)' for argument '(.*?)'\. Expected one of \((.*)\)", text)
     if found:
-        choices = _choices(re.findall(r"'([^']*)'", found[3]))
-        return InputError(found[2], "", found[1], _one_of(choices) + nearest(found[1], choices))
+        choices, got = _choices(re.findall(r"'([^']*)'", found[3])), _as_given(found[1], argv)
+        return InputError(found[2], "", got, _one_of(choices) + nearest(got, choices))
     if found := re.match(r"Missing value for argument '(.*?)'", text):
         return InputError(found[1], "", None, "a value after it")
     if found := re.match(r"Missing from (.*?):", text):
@@ -199,7 +200,7 @@ def _refusal(said: str, prog: str, numbers: PlainNumbers) -> InputError:
 
 def _unboxed(said: str) -> tuple[str, list[str], str]:
     """Return the title of tyro's message, the lines of its first part, and the flag's metavar."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", said)
+    plain = _COLOUR.sub("", said)
     lines = [re.sub(r"^\s?│|│\s*$", "", line).rstrip() for line in plain.splitlines()]
     title = lines[0].strip("╭╮─- ") if lines else ""
     body = list(lines[1:])
@@ -212,6 +213,14 @@ def _unboxed(said: str) -> tuple[str, list[str], str]:
         part.append(line)
     metavar = re.search(r"Argument helptext:\s+\S+ (.*)", "\n".join(lines))
     return title, part, metavar[1].strip() if metavar else ""
+
+
+def _as_given(shown: str, argv: Sequence[str]) -> str:
+    """Return the value that a message shows; broken over lines there, and without colours."""
+    values = [*argv, *(token.partition("=")[2] for token in argv if "=" in token)]
+    squeezed = "".join(shown.split())
+    same = (value for value in values if "".join(_COLOUR.sub("", value).split()) == squeezed)
+    return next(same, shown)
 
 
 def _indent(line: str) -> int:

@@ -64,4 +64,5 @@ def _refuse_repeated(where: str, content: Any) -> None:
                 raise InputError(where, spot, None, "each field once (it is given twice)")
             waiting += [([*place, key], child) for key, child in node.items()]
         elif isinstance(node, list):
-            waiting += [([*place, f"entry {n}"], child) for n, child in enumerate(node, 1)][::-1]
+            held = [(n, child) for n, child in enumerate(node, 1) if isinstance(child, dict | list)]
+            waiting += [([*place, f"entry {n}"], child) for n, child in reversed(held)]

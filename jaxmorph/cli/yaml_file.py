@@ -17,7 +17,7 @@ import yaml
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.text_file import LARGEST_NUMBER, plain_float, read_text
 
-_MOST_NODES = 40_000  # names and values; PyYAML reads some 40,000 in a second
+_MOST_NODES = 30_000  # names and values; PyYAML reads some 40,000 in a second
 
 
 class _Loader(yaml.SafeLoader):

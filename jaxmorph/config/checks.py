@@ -12,7 +12,7 @@ from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow
 from jaxmorph.config.settings import PathTo, Settings
 from jaxmorph.config.sources import Sources
-from jaxmorph.config.start import start_shape, total_steps, warmup_steps
+from jaxmorph.config.start import known_vocab_size, start_shape, total_steps, warmup_steps
 
 
 def check_warmup(settings: Settings, sources: Sources, total: int) -> None:
@@ -85,7 +85,7 @@ def _check_path(name: str, value: str, path: PathTo, sources: Sources) -> None:
 def _checked_start(settings: Settings, sources: Sources) -> RunShape:
     """Return the shape the run starts with, as far as it is known before the corpus is read."""
     try:
-        start = start_shape(settings, None, total_steps(settings, None))
+        start = start_shape(settings, known_vocab_size(settings), total_steps(settings, None))
     except OperationError as error:
         raise sources.error(error.field, error.got, error.expected) from None
     if problem := overflow(start):

@@ -98,8 +98,6 @@ def overflow(shape: RunShape) -> tuple[str, object, str] | None:
     if not _SMALLEST <= peak <= _LARGEST:
         wanted = f"a product with lr_multiplier from {_SMALLEST:g} to {_LARGEST:g}, not {peak:g}"
         return "learning_rate", shape.learning_rate, wanted
-    if model.d_ff > LARGEST_COUNT:
-        return "d_ff", model.d_ff, f"a width of at most {LARGEST_COUNT}"
     if (tokens := shape.batch_size * (model.seq_len + 1)) > LARGEST_COUNT:
         wanted = f"a batch of at most {LARGEST_COUNT:,} tokens, not {tokens:,}, with the seq_len"
         return "batch_size", shape.batch_size, wanted

@@ -54,6 +54,9 @@ def model_config(settings: Settings, vocab_size: int) -> ModelConfig:
     model, growth = settings.model, settings.growth
     multiple, divisors = model.vocab_multiple, (growth.n_layer_divisor, growth.n_hidden_divisor)
     d_ff = model.d_ff or _default_d_ff(model.d_model, model.activation)
+    if d_ff > LARGEST_COUNT:
+        wanted = f"a width whose d_ff is at most {LARGEST_COUNT}, not {d_ff}, or another d_ff"
+        raise OperationError(model.d_model, wanted, "d_model")
     return ModelConfig(
         n_layers=divided("n_layers", model.n_layers, divisors[0], "n_layer_divisor"),
         d_model=model.d_model,

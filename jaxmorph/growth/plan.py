@@ -115,6 +115,9 @@ def _planned(
     total: int | None,
 ) -> Plan:
     start = start_shape(settings, vocab_size, total)
+    if problem := overflow(start):  # the vocabulary may have been unknown before
+        name, size, wanted = problem
+        raise InputError(f"--{name}", "", size, wanted)
     where = str(settings.growth.scaling_schedule_file)
     limit = None if settings.optimizer.allow_warmup_past_end else total
     first, *later = walk(entries, start, mesh or MeshShape(), where, limit)
