@@ -1,9 +1,11 @@
 """What is true of a setting is read from its annotation, and nowhere else said."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pytest
 
 from jaxmorph.cli.errors import InputError
@@ -68,6 +70,22 @@ def test_a_field_added_to_the_settings_is_known_to_every_check(tmp_path, monkeyp
 def test_a_field_added_to_the_settings_is_refused_by_every_check(argv, said):
     with pytest.raises(InputError, match=said):
         more(*argv)
+
+
+@pytest.mark.parametrize("name", [n for n, f in fields_of(Settings).items() if float in f.types])
+def test_every_number_is_refused_where_float32_cannot_hold_it(name):
+    """The oracle is NumPy's float32, whose smallest normal number is the smallest that is kept."""
+    field = fields_of(Settings)[name]
+    for value in (1e-300, 1e-46, 1e-39, 1e39, 1e300, 10**400, math.inf, math.nan):
+        assert field.problem(value), value
+    tiny, small = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).eps))
+    for value in (tiny, 0.5, 1 - small):
+        assert np.float32(value) != 0
+        assert field.problem(value) is None, value
+    below_one = 1 - small / 8
+    assert np.float32(below_one) == 1
+    assert field.within is not None
+    assert (field.problem(below_one) is None) == (field.within.below > 1)
 
 
 def test_a_run_is_resumed_with_another_value_only_where_the_field_says_so():

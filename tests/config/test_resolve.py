@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.config.checks import check_warmup
+from jaxmorph.config.checks import check_warmup, checked_total
 from jaxmorph.config.fields import fields_of, values_of
 from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.resolve import resolve
@@ -255,6 +255,14 @@ def test_epochs_become_steps_by_the_starting_batch():
     with pytest.raises(InputError, match="--warmup_steps: got 100"):
         check_warmup(settings, sources, 100)
     check_warmup(settings, sources, 101)
+
+
+def test_epochs_of_more_steps_than_can_be_counted_are_refused():
+    settings, sources = resolve(["--num_epochs", "2e9", "--batch_size", "1"])
+    assert checked_total(settings, sources, None) is None
+    assert checked_total(settings, sources, 1) == 2 * 10**9
+    with pytest.raises(InputError, match=r"--num_epochs: got 2000000000.0, .* not 4e\+09"):
+        checked_total(settings, sources, 2)
 
 
 def test_warmup_past_the_end_can_be_permitted():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from jaxmorph.config.resolve import resolve
 from jaxmorph.growth.operations import OPERATIONS
 from jaxmorph.growth.plan import make_plan, walk
 from jaxmorph.growth.schedule import Entry, entry_sha256, load_schedule, schedule_json
+from jaxmorph.train import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The second of two entries is wrong: (the entry, operation named, field named, further words).
@@ -324,6 +326,20 @@ def test_malformed_file_is_refused(name, tmp_path):
     assert text.startswith(f"{path}: ")
     assert [word for word in words if word not in text] == [], text
     assert len(text) < 400
+
+
+def test_a_thousand_entries_are_walked_and_told_in_a_moment(tmp_path, capsys):
+    """Every entry changes the program, so that every stage has its own line in every table."""
+    rows = [entry("set_seq_len", 100 + number % 2) for number in range(1000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    argv = ["--scaling_schedule_file", str(tmp_path / "a.json"), "--positions", "rotary"]
+    start = time.process_time()
+    assert main(["--dry_run", *argv]) == 0
+    assert time.process_time() - start < 1.2  # it took four times as long
+    assert capsys.readouterr().out.count("set_seq_len") == 1000
+    (tmp_path / "a.json").write_text(json.dumps([*rows, rows[0]]))
+    with pytest.raises(InputError, match="got 1001, expected at most 1,000 entries"):
+        load_schedule(tmp_path / "a.json")
 
 
 def test_missing_file_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Run folders read back, figures and reports made of them, and the plot command end to end."""
 
 import base64
+import hashlib
 import html.parser
 import itertools
 import json
@@ -23,6 +24,7 @@ from jaxmorph.report.page import write_report
 from jaxmorph.report.run_record import read_run, throughput
 from jaxmorph.report.schedule_figure import schedule_figure
 from jaxmorph.report.timeline import architecture_figure
+from jaxmorph.step.metrics import DEFAULT, METRIC_TABLE, table_to_json
 from jaxmorph.step.schedules import SCHEDULERS, ScheduleShape
 
 TOKENS_PER_STEP, FLOPS_PER_TOKEN = 4096, 65_000_000
@@ -342,6 +344,75 @@ def test_report_needs_no_other_file_and_tells_the_run(tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_report_runs_no_script_and_loads_nothing(tmp_path):
+    """The policy names what the page has: its style sheet by digest, and images within it."""
+    text = write_report(write_run(tmp_path, operations=OPERATIONS)).read_text()
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', text)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": f"'sha256-{digest}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert text.index("Content-Security-Policy") < text.index("<title>") < text.index("<style>")
+    assert not re.search(r"<[^>]* (style|on\w+)=|<script|javascript:", text)
+    assert all(link.startswith("data:image/png;") for link in Page(text).links)
+
+
+NASTY = "\x1b[31m<img src=x onerror=alert(1)>\u202e\r\n" + "x" * 100_000
+
+
+def test_what_a_run_folder_says_is_shown_as_text_and_cut(tmp_path, capsys):
+    lines = [line | {f"{NASTY}{n}": 1.0 for n in range(2)} for line in metrics_lines()[:20]]
+    named = [{"index": 0, "name": NASTY, "step": 9, "value": NASTY, "reason": NASTY}]
+    moved = {"moments": {NASTY: 3}, "function_delta": 1.0}
+    config = f"{json.dumps(NASTY[:300])}: {json.dumps(NASTY)}\n"
+    folder = write_run(tmp_path / "run\x1b\u202e", lines, [named[0] | moved], config)
+    text = write_report(folder).read_text()
+    plain = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", plain)
+    assert len(plain) < 100_000
+    page = Page(text)
+    assert len(page.links) == text.count("<img") >= 4
+    assert r"\x1b[31m<img src=x onerror" in page.text
+    assert main(["run", str(folder), "--save", str(tmp_path / "x.png")]) == 0
+    assert main(["report", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert r"run\x1b\u202e" in shown
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"figure": "../../figure"},
+        {"figure": "/tmp/figure"},
+        {"figure": "x" * 300},
+        {"form": ".999999999f"},
+        {"form": "999999999"},
+        {"style": "\x1b[31m"},
+        {"name": "x" * 10**3},
+        {"label": 5},
+    ],
+)
+def test_a_table_of_metrics_with_odd_names_or_forms_is_refused(tmp_path, capsys, change):
+    folder = write_run(tmp_path / "run")
+    table = json.loads(table_to_json(DEFAULT))
+    (folder / METRIC_TABLE).write_text(json.dumps([table[0] | change, *table[1:]]))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", str(folder)]) == 2
+    out, complaint = capsys.readouterr()
+    assert complaint.startswith(f"error: {folder / METRIC_TABLE}: expected a table of metrics")
+    assert (out, complaint.count("\n"), complaint.isprintable()) == ("", 1, False)
+    assert complaint[:-1].isprintable()
+    assert len(complaint) < 3000
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 SMALL = {"n_layers": 4, "d_model": 128, "n_heads": 4, "head_dim": 32, "d_ff": 512, "seq_len": 64}
 SMALL |= {"attn_lora_rank": 4, "vocab_lora_rank": 0, "positions": "learned"}
 DEEP = SMALL | {"n_layers": 8}
@@ -607,6 +678,16 @@ def test_report_command_says_where_the_report_is(tmp_path, capsys):
             "--save: got 'none/x.png', expected a",
         ),
         ("schedule --total_steps 10 --color red", "--color: expected a known flag"),
+        ("schedule --total_steps ١٢", "--total_steps: got '١٢', expected a whole number in"),
+        ("schedule --total_steps 1_0", "--total_steps: got '1_0', expected a whole number in"),
+        (
+            "schedule --total_steps 10 --max_lr 1e-50",
+            "--max_lr: got 1e-50, expected a number > 0, o",
+        ),
+        ("schedule --total_steps 10 --save ~nosuchuser/x.png", "--save: got '~nosuchuser/x.png'"),
+        (f"schedule --total_steps 10 --save {'x' * 300}.png", "--save: got 'xxx"),
+        (f"report {'x' * 300}", "xxx"),
+        ("report \x1b", r"\x1b: expected a run folder"),
         ("run", "python -m jaxmorph.plot run: expected at least one run folder"),
         ("run nowhere", "nowhere: expected a run folder, with metrics.jsonl in it"),
         ("run nowhere --save x", "--save: got 'x', expected a file name ending in .png, .svg"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -272,9 +273,25 @@ def test_sampling_repeats_itself_and_follows_the_prompt(finished, capsys):
     assert outputs[3] == outputs[4]
 
 
+def test_sampled_text_has_its_control_characters_escaped(finished, capsys):
+    """At this temperature every byte is as likely as the others."""
+    argv = ["sample", str(finished), "--prompt", "\x1b[31m\ta\nb", "--temperature", "1e6"]
+    assert evaluate.main([*argv, "--max_new_tokens", "300"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("\\x1b[31m\ta\nb")
+    assert re.findall(r"\\x[01][0-9a-f]", shown)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["sample", "\x1b"], [r"'\x1b'", "run folder"]),
+        (["sample", "x" * 300], ["name too long"]),
+        (["sample", ".", "--temperature", "1e-50"], ["--temperature", "is 0"]),
+        (["sample", ".", "--temperature", "nan"], ["--temperature", "finite"]),
+        (["sample", ".", "--top_k", "1_0"], ["--top_k", "the digits 0 to 9"]),
+        (["sample", ".", "--seed", "2147483648"], ["--seed", "≤"]),
         (["sample", "nowhere"], ["nowhere", "run folder"]),
         (["sample", ".", "--temperature", "-1"], ["--temperature", "-1"]),
         (["sample", ".", "--max_new_token", "3"], ["--max_new_tokens"]),
