@@ -19,6 +19,7 @@ from jaxmorph.config.fields import check_flags
 from jaxmorph.config.settings import Count, Positive, Within
 
 _PROG = "python -m jaxmorph.evaluate"
+_LEAST_TEMPERATURE = 1e-6
 _LARGEST_TOKENIZER = 1_000_000_000  # bytes; some have tens of millions
 
 
@@ -53,6 +54,9 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _check(command: Sample) -> None:
     check_flags(command)
+    if 0 < command.temperature < _LEAST_TEMPERATURE:  # logits divided by it would be infinite
+        expected = f"0, or a number ≥ {_LEAST_TEMPERATURE:g}"
+        raise InputError("--temperature", "", command.temperature, expected)
     if not command.prompt:
         raise InputError("--prompt", "", command.prompt, "at least one character")
     try:

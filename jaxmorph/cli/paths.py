@@ -86,6 +86,7 @@ def is_folder_or_free(path: Path) -> bool:
         raise NotADirectoryError(0, f"{above} is not a folder")
     for name in path.relative_to(above).parts:
         is_nothing(above / name)  # where nothing is yet, only this finds a name that is too long
-    if not os.access(above, os.W_OK | os.X_OK):
+    as_we_are = os.access in os.supports_effective_ids
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=as_we_are):
         raise PermissionError(0, f"{above} may not be written")
     return True

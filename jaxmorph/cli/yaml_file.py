@@ -65,6 +65,10 @@ class _Loader(yaml.SafeLoader):
         return self.construct_yaml_float(node) if special else plain_float(node.value)
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes text that is no text to YAML 1.1 or to the loader here."""
+
+
 _RESOLVERS: list[tuple[str, str, list[str]]] = [
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -78,8 +82,14 @@ _RESOLVERS: list[tuple[str, str, list[str]]] = [
 ]
 for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
+def write_yaml(content: Any) -> str:
+    """Return plain Python values as YAML that `read_yaml`, and YAML 1.1, read as the same."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> Any:

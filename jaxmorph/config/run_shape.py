@@ -99,7 +99,7 @@ def overflow(shape: RunShape) -> tuple[str, object, str] | None:
         wanted = f"a product with lr_multiplier from {_SMALLEST:g} to {_LARGEST:g}, not {peak:g}"
         return "learning_rate", shape.learning_rate, wanted
     if (tokens := shape.batch_size * (model.seq_len + 1)) > LARGEST_COUNT:
-        wanted = f"a batch of at most {LARGEST_COUNT:,} tokens, not {tokens:,}, with the seq_len"
+        wanted = f"a product with seq_len of at most {LARGEST_COUNT:,} tokens, not {tokens:,}"
         return "batch_size", shape.batch_size, wanted
     for names in _ARRAYS:
         sizes = {name: getattr(model, name) for name in names}

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from jaxmorph.cli.errors import InputError, nearest
-from jaxmorph.cli.yaml_file import read_yaml
+from jaxmorph.cli.yaml_file import read_yaml, write_yaml
 from jaxmorph.config.fields import Field, values_of
 from jaxmorph.config.settings import Settings
 
 
 def to_yaml(settings: Settings) -> str:
     """Return the settings as a YAML file that reproduces the run (`--config` reads it)."""
-    return yaml.safe_dump(values_of(settings), sort_keys=False, allow_unicode=True)
+    return write_yaml(values_of(settings))
 
 
 def read_settings(path: Path, fields: Mapping[str, Field]) -> dict[str, Any]:

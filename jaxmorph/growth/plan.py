@@ -161,7 +161,7 @@ def _next_stage(before: Stage, entry: Entry) -> Stage:
     after = operation.next_shape(shape, entry.value, entry.options)
     if problem := overflow(after):
         name, size, wanted = problem
-        raise OperationError(entry.value, f"for the {name} after it ({size}), {wanted}")
+        raise OperationError(entry.value, f"a value after which {name} ({size}) has {wanted}")
     options = operation.with_defaults(entry.options)
     return Stage(
         before.number + 1,

@@ -2,7 +2,9 @@
 
 import math
 import os
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from odd_inputs import make_places
@@ -12,6 +14,7 @@ from jaxmorph.cli.json_file import read_json
 from jaxmorph.cli.paths import is_file, is_folder, is_folder_or_free
 from jaxmorph.cli.text_file import LARGEST_FILE, plain_float, read_text
 from jaxmorph.cli.yaml_file import read_yaml
+from jaxmorph.train import main
 
 
 @pytest.fixture
@@ -106,7 +109,48 @@ def test_a_place_is_looked_at_and_nothing_is_made(places):
     assert not (places / "a").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_refused(places):
+@pytest.fixture
+def as_nobody():
+    """Act as a user without rights, also where the tests run as root, who may do everything."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_places(folder)
+        (folder / "secret").mkdir(mode=0o000)
+        (folder / "secret.yaml").touch(mode=0o000)
+        folder.chmod(0o755)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            if root:
+                os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_refused(as_nobody):
     with pytest.raises(PermissionError, match="read_only may not be written"):
-        is_folder_or_free(places / "read_only" / "new")
+        is_folder_or_free(as_nobody / "read_only" / "new" / "run")
+    with pytest.raises(PermissionError, match="denied"):
+        is_folder_or_free(as_nobody / "secret" / "run")
+    with pytest.raises(InputError, match="Permission denied"):
+        read_text(as_nobody / "secret.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "said"),
+    [
+        ("--run_dir", "read_only/new", "read_only may not be written"),
+        ("--run_dir", "secret/new", "Permission denied"),
+        ("--data", "secret/text", "Permission denied"),
+        ("--scaling_schedule_file", "secret/a.json", "Permission denied"),
+        ("--scaling_schedule_file", "secret.yaml", "Permission denied"),
+        ("--config", "secret.yaml", "Permission denied"),
+    ],
+)
+def test_the_command_says_what_it_may_not_do(flag, name, said, as_nobody, capsys):
+    assert main(["--dry_run", "--run_dir", "/tmp/run", flag, str(as_nobody / name)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert said in err
+    assert str(as_nobody) in err

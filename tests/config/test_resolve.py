@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.config.checks import check_warmup, checked_total
@@ -196,6 +197,18 @@ def test_written_settings_read_back_as_the_same(tmp_path):
     path.write_text(to_yaml(settings))
     again, _ = resolve(["--config", str(path)])
     assert values_of(again) == values_of(settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e3", "017", "1:30", "yes", "~", "", "0x1", "1_0", ".inf", "a: b", "\x1b", "\u2028", "é"],
+)
+def test_text_that_looks_like_something_else_is_written_as_text(text, tmp_path):
+    settings, _ = resolve(["--wandb_project", text])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings))
+    assert resolve(["--config", str(path)])[0].run.wandb_project == text
+    assert yaml.safe_load(path.read_text())["wandb_project"] == text
 
 
 def test_every_flag_is_in_the_help(capsys):

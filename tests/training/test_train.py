@@ -289,6 +289,7 @@ def test_sampled_text_has_its_control_characters_escaped(finished, capsys):
         (["sample", "\x1b"], [r"'\x1b'", "run folder"]),
         (["sample", "x" * 300], ["name too long"]),
         (["sample", ".", "--temperature", "1e-50"], ["--temperature", "is 0"]),
+        (["sample", ".", "--temperature", "1e-20"], ["--temperature", "0, or a number ≥ 1e-06"]),
         (["sample", ".", "--temperature", "nan"], ["--temperature", "finite"]),
         (["sample", ".", "--top_k", "1_0"], ["--top_k", "the digits 0 to 9"]),
         (["sample", ".", "--seed", "2147483648"], ["--seed", "≤"]),
