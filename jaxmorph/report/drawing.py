@@ -76,8 +76,12 @@ def new_figure(
 
 def rendered(figure: Figure, kind: str) -> bytes:
     """Return the figure as the bytes of a file of the given kind ("png", "svg", "pdf")."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # glyphs that the font lacks are drawn as boxes
+    in_pieces = rc_context({"agg.path.chunksize": 1000})  # a long noisy curve at once takes 50 MB
+    with in_pieces, warnings.catch_warnings():
+        # glyphs that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format=kind)
     return buffer.getvalue()

@@ -80,7 +80,8 @@ def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path
     figures = run_figures(run)
     if (timeline := architecture_figure(run)) is not None:
         figures[_TIMELINE] = timeline
-    images = {name: rendered(figure, "png") for name, figure in figures.items()}
+    # each figure is released once drawn
+    images = {name: rendered(figures.pop(name), "png") for name in list(figures)}
     for name, image in images.items():
         write_file(run.folder / f"{name}.png", image)
     page = run.folder / "report.html"

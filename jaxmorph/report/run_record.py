@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.paths import is_file, reason
 from jaxmorph.cli.text_file import read_text
 from jaxmorph.cli.yaml_file import read_yaml
+from jaxmorph.report.run_lines import read_lines, read_thinned_lines
 from jaxmorph.step.metrics import DEFAULT, METRIC_TABLE, Kind, Metric, table_from_json
 
 _SIZES = ("n_layers", "d_model", "n_heads", "d_ff", "seq_len", "attn_lora_rank", "vocab_lora_rank")
@@ -92,7 +92,7 @@ class RunRecord:
       folder: the run folder.
       last_step: the newest step with a line.
       metrics: the metrics it was read with, and a plain one for each other number logged.
-      series: the finite values of each metric by name, in the order of their lines.
+      series: the finite values of each metric by name, in the order of their lines; see `read_run`.
       lost: how many values of each were NaN or infinite.
       operations: the contents of operations.jsonl, in order.
       settings: the mapping in config.yaml.
@@ -138,6 +138,9 @@ class RunRecord:
 def read_run(run_dir: Path, metrics: Sequence[Metric] | None = None) -> RunRecord:
     """Read a run folder; the run may still be running and its last line incomplete.
 
+    Of a long run, evenly spaced lines are read, with all that have a metric it is judged by or a value
+    that is not finite.
+
     Args:
       run_dir: the folder.
       metrics: the known metrics; None: those the run folder names, else those of a language model.
@@ -156,7 +159,9 @@ def read_run(run_dir: Path, metrics: Sequence[Metric] | None = None) -> RunRecor
     known = {metric.name: metric for metric in metrics or _read_metric_table(run_dir)}
     columns = {name: _Column() for name in known}
     last_step = 0
-    for where, line in _read_lines(path):
+    best = [f'"{metric.name}"' for metric in known.values() if metric.best]
+    for number, line in read_thinned_lines(path, [*best, *(f'"{word}"' for word in _NOT_FINITE)]):
+        where = f"{path}: line {number}"
         step = _step(where, line)
         last_step = max(last_step, step)
         for name, value in line.items():
@@ -228,29 +233,10 @@ class _Column:
         return Series(np.array(self.steps, int), np.array(self.values, float))
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, object) of each line; a last line without a newline may be incomplete."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(str(path), "", None, f"a readable file ({error.strerror})") from None
-    read = []
-    for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            line = None
-        if not isinstance(line, dict):
-            shown = text[:60].decode(errors="replace")
-            raise InputError(str(path), f"line {number}", shown, "one JSON object per line")
-        read.append((f"{path}: line {number}", line))
-    return read
-
-
 def _read_operations(path: Path) -> list[FiredOperation]:
-    return [_operation(where, line) for where, line in _read_lines(path)] if path.exists() else []
+    if not path.exists():
+        return []
+    return [_operation(f"{path}: line {line.number}", line.content) for line in read_lines(path)]
 
 
 def _operation(where: str, line: dict[str, Any]) -> FiredOperation:
