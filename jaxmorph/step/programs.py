@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ from jaxmorph.step.task import Batch
 from jaxmorph.step.training_step import Metrics, Sums, TrainingStep
 
 Scalar = jax.Array | np.ndarray | np.generic
+
+_XLA_CHOOSES_WELL = tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 12)  # on CPU
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,12 @@ class _EvaluateByShape:
 def _compiler_options(platform: str) -> dict[str, Any]:
     """Return XLA's options for the programs that run the model.
 
-    On CPU XLA runs most matmuls with Eigen. With YNNPACK, which it rarely uses by default, the forward
-    and backward pass takes 6 to 8 % less time in float32 and 14 % less in bfloat16
-    (`benchmarks/results/step_time.md`). Its setting in `XLA_FLAGS` takes precedence.
+    Before jaxlib 0.12 XLA runs most matmuls on CPU with Eigen. With YNNPACK the forward and backward pass
+    takes 6 to 8 % less time in float32 and 14 % less in bfloat16. Later ones choose well by themselves,
+    and this option keeps them from multiplying bfloat16 as such (`benchmarks/results/step_time.md`). Its
+    setting in `XLA_FLAGS` takes precedence.
     """
     flag = "xla_cpu_experimental_ynn_fusion_type"
-    if platform != "cpu" or flag in os.environ.get("XLA_FLAGS", ""):
+    if platform != "cpu" or _XLA_CHOOSES_WELL or flag in os.environ.get("XLA_FLAGS", ""):
         return {}
     return {flag: "LIBRARY_FUSION_TYPE_DOT"}

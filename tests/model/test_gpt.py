@@ -51,6 +51,23 @@ def test_logits_in_narrow_types_are_close_to_the_reference(dtype, tolerance):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_in_bfloat16_are_close_to_those_in_float32(variant):
+    """Products in 16 bits have a gradient written by hand."""
+    tokens, found = jnp.asarray(small_tokens(4, 25)), {}
+    for dtype in ("float32", "bfloat16"):
+        config = small_config(dtype=dtype, **VARIANTS[variant])
+        params, gates = _made(config), gpt.open_gates(config)
+
+        def value(params, config=config, gates=gates):
+            return gpt.measure(config, params, tokens, gates=gates)["loss"].value
+
+        found[dtype] = flat(jax.jit(jax.grad(value))(params))
+    for path, exact in found["float32"].items():
+        error = np.linalg.norm(found["bfloat16"][path] - exact)
+        assert error <= 0.03 * np.linalg.norm(exact) + 2e-4, path  # a key bias has none
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_gradient_of_every_parameter_is_the_slope_of_the_reference(variant):
     rng, tokens, step = np.random.default_rng(1), small_tokens(1, 9), 1e-5
     with jax.enable_x64(True):
