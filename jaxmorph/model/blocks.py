@@ -236,9 +236,9 @@ scale_row.defvjp(lambda x, row: (scale_row(x, row), (x, row)), _scale_row_backwa
 def _narrow_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Return `x` [..., C] times a matrix [C, P], in 16 bits.
 
-    The gradient of the matrix sums over the batch's axes as they are. XLA's CPU backend multiplies 16-bit
-    arrays as such only where the first is not transposed, which it then sees to with a cheap copy; over
-    one axis it converts both to float32, and takes twice as long.
+    The gradient of the matrix sums over the batch's axes as they are. XLA's CPU backend then transposes
+    with a cheap copy; over a single axis it does not, and since it multiplies 16-bit arrays as such only
+    where none is transposed, it converts both to float32 and takes twice as long.
     """
     return x @ matrix
 

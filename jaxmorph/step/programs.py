@@ -173,10 +173,10 @@ class _EvaluateByShape:
 def _compiler_options(platform: str) -> dict[str, Any]:
     """Return XLA's options for the programs that run the model.
 
-    Before jaxlib 0.12 XLA runs most matmuls on CPU with Eigen. With YNNPACK the forward and backward pass
-    takes 6 to 8 % less time in float32 and 14 % less in bfloat16. Later ones choose well by themselves,
-    and this option keeps them from multiplying bfloat16 as such (`benchmarks/results/step_time.md`). Its
-    setting in `XLA_FLAGS` takes precedence.
+    Before jaxlib 0.12 XLA runs most matmuls on CPU with Eigen. With YNNPACK the forward and backward
+    pass takes 6 to 8 % less time in float32 and 14 % less in bfloat16. Later ones choose well by
+    themselves, and the option would keep them from multiplying bfloat16 as such
+    (`benchmarks/results/step_time.md`). Its setting in `XLA_FLAGS` takes precedence.
     """
     flag = "xla_cpu_experimental_ynn_fusion_type"
     if platform != "cpu" or _XLA_CHOOSES_WELL or flag in os.environ.get("XLA_FLAGS", ""):
