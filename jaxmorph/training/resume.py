@@ -126,7 +126,12 @@ def check_unchanged(
             run_dir, "data", corpus_sha256[:12],
             f"the corpus the run began with ({record.corpus_sha256[:12]}), or another --run_dir",
         )  # fmt: skip
-    return [line for line in listed if line.partition(":")[0] not in ("resume", "run_dir")]
+    where_it_lies = (
+        "resume",
+        "run_dir",
+        "scaling_schedule_file",
+    )  # entries are compared one by one
+    return [line for line in listed if line.partition(":")[0] not in where_it_lies]
 
 
 def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:

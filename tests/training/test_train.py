@@ -110,6 +110,29 @@ def test_written_config_reproduces_the_run(finished, tmp_path):
     assert _losses(run_dir) == _losses(finished)
 
 
+def test_written_config_goes_on_with_the_run_wherever_its_folder_lies(text, tmp_path, capsys):
+    schedule, made = tmp_path / "schedule.yaml", tmp_path / "made"
+    schedule.write_text(
+        "- {name: set_lr, value: 0.02, trigger_loss: null, max_wait_iters: 2, reevaluate: false}\n"
+    )
+    assert main(_argv(text, made, 4, "--scaling_schedule_file", str(schedule))) == 0
+    schedule.unlink()
+    moved = made.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["--config", str(moved / "config.yaml"), "--max_steps", "6"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall("  changed (.*)", said) == ["max_steps: 4 -> 6"]
+    assert [line["step"] for line in _lines(moved)] == list(range(7))
+    assert not made.exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(finished, capsys):
+    assert evaluate.main(["sample", str(finished), "--checkpoint", "77"]) == 2
+    assert "--checkpoint: got 77, expected the step of a checkpoint: 0, 8, 12" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_finished_run_says_so_and_changes_nothing(finished, text, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert main(_argv(text, finished)) == 0
