@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import io
@@ -13,18 +14,19 @@ import platform
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import tyro
 
-from jaxmorph.cli.errors import InputError, nearest
+from jaxmorph.cli.errors import FailedError, InputError, nearest, system_error_in_words
 from jaxmorph.cli.plain_numbers import PlainNumbers
 from jaxmorph.cli.printing import say
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 _READER_LEFT = 128 + 13  # the exit status that a shell reports for SIGPIPE
 
 
@@ -181,38 +183,78 @@ def _answer_version(argv: Sequence[str]) -> None:
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command's body and return its exit status.
 
-    Bad input gives 2 and one line on stderr; a closed output pipe (`... --help | head -1`) gives 141,
-    silently, like a program killed by SIGPIPE. What the terminal's encoding lacks is printed as an
-    escape.
+    Bad input gives 2 and one line on stderr; whatever else fails that can, such as a full disk, 1 and
+    one line; a closed output pipe (`... --help | head -1`) 141, silently, like a program killed by
+    SIGPIPE. What the terminal's encoding lacks is printed as an escape.
     """
     for stream in _standard_streams():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = _status(command)
-        for stream in _standard_streams():
-            stream.flush()  # otherwise Python would complain at exit
+        return _flushed(_status(command))
     except BrokenPipeError:
         left = [stream for stream in _standard_streams() if _reader_left(stream)]
         if not left:  # another pipe broke
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in left:
-            os.dup2(nowhere, stream.fileno())
+        _discard(left)
         return _READER_LEFT
-    return status
 
 
 def _status(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except InputError as error:
-        say(f"error: {error}", file=sys.stderr)
-        return 2
+        _print_error(str(error))
+        return 1 if _is_of_failing_disk(error) else 2
+    except FailedError as error:
+        _print_error(str(error))
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _print_error(system_error_in_words(error))
+        return 1
     except SystemExit as stop:  # --help has been printed
         if stop.code:
             raise
         return 0
+
+
+def _is_of_failing_disk(error: InputError) -> bool:
+    """Return whether a place was refused because its disk is full or fails: no fault of the input."""
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno in _DISK_FAILURES
+
+
+def _flushed(status: int) -> int:
+    """Flush the standard streams, or Python would complain at exit; return the exit status."""
+    for stream in _standard_streams():
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # it goes to a file, on a full disk
+            _discard([stream])
+            if not status:
+                _print_error(f"{stream.name}: {system_error_in_words(error)}")
+                status = 1
+    return status
+
+
+def _discard(streams: Iterable[TextIO]) -> None:
+    """Let what is left in the streams' buffers go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+
+
+def _print_error(message: str) -> None:
+    try:
+        say(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:  # stderr's disk is full as well: there is nowhere to say it
+        _discard([sys.stderr])
 
 
 def _standard_streams() -> list[TextIO]:

@@ -1,4 +1,4 @@
-"""The error for bad user input, and its message."""
+"""The errors that a command prints as one message: bad input, and what else can fail."""
 
 from __future__ import annotations
 
@@ -63,6 +63,16 @@ class InputError(Exception):
         place = f"{named(where)}: {named(field)}" if field else named(where)
         found = "" if got is None else f"got {quoted(got)}, "
         super().__init__(f"{place}: {found}expected {sentence(expected)}")
+
+
+class FailedError(RuntimeError):
+    """What failed is not the input. A command prints it as one message and exits with status 1."""
+
+
+def system_error_in_words(error: OSError) -> str:
+    """Return the message for a failure of the system, such as a full disk: file and reason."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -137,6 +137,9 @@ class RunSettings:
     """Stop after this many skipped (non-finite) updates in a row."""
     resume: Changeable[bool] = True
     """Resume from the run folder's newest checkpoint; with --no_resume a used folder is refused."""
+    accept_damaged_log: Changeable[bool] = False
+    """Resume although lines of metrics.jsonl or operations.jsonl are missing or changed; those that
+    are left are kept."""
     dry_run: Changeable[bool] = False
     """Print what the settings resolve to, and exit before anything is loaded or written."""
     progress: Changeable[Literal["auto", "bar", "lines", "off"]] = "auto"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import html
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from jaxmorph.report.figures import figure_title, run_figures
 from jaxmorph.report.run_record import FiredOperation, RunRecord, read_run, throughput
 from jaxmorph.report.timeline import architecture_figure
 from jaxmorph.step.metrics import Metric, by_figure, objective
-from jaxmorph.system.files import replace_file
+from jaxmorph.system.files import refusing_bad_paths, replace_file
 
 _TIMELINE = "architecture"
+_PAGE, _SOURCES = "report.html", ("metrics.jsonl", "operations.jsonl")
 _STYLE = """
 :root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b;
   --line: #e2e8f0; }
@@ -76,6 +79,8 @@ def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path
     Raises:
       InputError: not a run folder, a malformed file in it, or a folder that cannot be written.
     """
+    # First, so that lines which a running run adds from now on make this an old report.
+    sources = _sources_sha256(Path(run_dir))
     run = read_run(Path(run_dir), metrics)
     figures = run_figures(run)
     if (timeline := architecture_figure(run)) is not None:
@@ -84,9 +89,35 @@ def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path
     images = {name: rendered(figures.pop(name), "png") for name in list(figures)}
     for name, image in images.items():
         write_file(run.folder / f"{name}.png", image)
-    page = run.folder / "report.html"
-    write_file(page, _page(run, images).encode())
+    page = run.folder / _PAGE
+    write_file(page, _page(run, images, sources).encode())  # last: it vouches for the figures
     return page
+
+
+def report_is_current(run_dir: Path) -> bool:
+    """Return whether a run folder has a report of its present logs, with all its figures."""
+    try:
+        with open(run_dir / _PAGE, encoding="utf-8") as file:
+            head = file.read(4096)
+        found = re.search(r'<meta name="jaxmorph" content="([^"]*)">', head)
+        if found is None:
+            return False
+        sources, *figures = found[1].split()
+        if not all((run_dir / f"{name}.png").is_file() for name in figures):
+            return False
+        return sources == _sources_sha256(run_dir)
+    except (OSError, ValueError):
+        return False
+
+
+def _sources_sha256(run_dir: Path) -> str:
+    """Return one digest of the logs that a report is made of."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        # whoever reads a file that cannot be read says so; a missing one counts as none
+        with contextlib.suppress(OSError, ValueError), open(run_dir / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -94,14 +125,16 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises:
       InputError: the folder does not exist or cannot be written.
+      OSError: the disk is full or fails.
     """
     try:
-        replace_file(path, content)
-    except (OSError, ValueError) as error:
+        with refusing_bad_paths():
+            replace_file(path, content)
+    except ValueError as error:  # no path can have these characters
         raise InputError(str(path), "", None, f"a writable file ({reason(error)})") from None
 
 
-def _page(run: RunRecord, images: dict[str, bytes]) -> str:
+def _page(run: RunRecord, images: dict[str, bytes], sources: str) -> str:
     name = _text(run.name)
     judged = [figure for figure, drawn in by_figure(run.metrics).items() if objective(drawn)]
     wide = [figure for figure in (*judged, _TIMELINE) if figure in images]
@@ -110,6 +143,7 @@ def _page(run: RunRecord, images: dict[str, bytes]) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta name="jaxmorph" content="{" ".join((sources, *images))}">',
         f"<title>{name} – jaxmorph run</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>",
         f"<h1>{name}</h1>",
         f'<p class="where">{_text(run.folder.resolve())}</p>',

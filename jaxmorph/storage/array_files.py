@@ -5,7 +5,9 @@ Orbax (and with it JAX) is imported on first use, because that takes a third of 
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +87,9 @@ class ArrayFiles:
         import orbax.checkpoint as ocp
 
         if self._orbax is None:
-            logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save there
+            # Orbax logs every save there, and with tracebacks what it raises as well.
+            logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+            _ignore_late_results()
             self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         return self._orbax
 
@@ -102,3 +106,20 @@ def copied_to_host(arrays: Arrays) -> dict[str, np.ndarray]:
         if isinstance(array, jax.Array):
             array.copy_to_host_async()
     return {path: np.array(array, copy=True) for path, array in arrays.items()}
+
+
+@functools.cache
+def _ignore_late_results() -> None:
+    """Ignore, from now on, what TensorStore's threads say to an event loop that is closed.
+
+    Orbax closes its loop at the first write that fails, which `save` raises. The other writes go on,
+    and each would print a traceback when it ends.
+    """
+    hook = sys.unraisablehook
+
+    def without_late_results(unraisable: sys.UnraisableHookArgs) -> None:
+        late = unraisable.exc_type is RuntimeError and str(unraisable.exc_value)
+        if late != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_late_results

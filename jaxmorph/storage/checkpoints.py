@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.errors import FailedError, InputError
 from jaxmorph.cli.printing import say
 from jaxmorph.storage.array_files import ArrayFiles, copied_to_host
 from jaxmorph.storage.formats import (
@@ -40,7 +40,7 @@ from jaxmorph.storage.manifest import (
 )
 from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
-from jaxmorph.system.files import sync_folder
+from jaxmorph.system.files import rename_folder, write_new
 
 if TYPE_CHECKING:
     import jax
@@ -54,7 +54,7 @@ _EXPECTED = "a sound checkpoint; restore one from a backup, or start again in an
 _NONE = -1  # what process 0 broadcasts if there is no step
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FailedError):
     """A checkpoint could not be written; the run's own state is unchanged."""
 
 
@@ -243,8 +243,7 @@ class Checkpoints:
                 self._error = error
                 return
             self._error = CheckpointError(
-                f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}; "
-                "earlier checkpoints are intact"
+                f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}"
             )
             self._error.__cause__ = error
 
@@ -264,8 +263,7 @@ class Checkpoints:
             write_manifest(partial, step, describe_leaves(arrays), digest, score, number)
             crash_point("after_manifest")
             self._move_aside(step)
-            partial.rename(self.folder / str(step))
-            sync_folder(self.folder)
+            rename_folder(partial, self.folder / str(step))
             crash_point("after_save")
             return step
 
@@ -277,7 +275,7 @@ class Checkpoints:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        (partial / "meta.json").write_text(meta)
+        write_new(partial / "meta.json", meta.encode())
         return _NONE
 
     def _is_sound(self, step: int) -> bool:
@@ -328,7 +326,7 @@ class Checkpoints:
         while aside.exists():
             number += 1
             aside = self.folder / f"{step}.corrupt{number}"
-        folder.rename(aside)
+        rename_folder(folder, aside)
         self._corrupt.discard(step)
 
     def _prune(self, step: int) -> int:
@@ -343,7 +341,7 @@ class Checkpoints:
         for each in set(candidates) - kept:
             # renamed first, so that a kill midway leaves no checkpoint that looks corrupt
             partial = self.folder / f"{each}.partial"
-            (self.folder / str(each)).rename(partial)
+            rename_folder(self.folder / str(each), partial)
             shutil.rmtree(partial)
             self._sound.discard(each)
         return _NONE

@@ -21,6 +21,7 @@ Migrations = Mapping[int, Callable[[Meta], Meta] | str]
 # otherwise the reason why there is none, as words that follow "in format N ...".
 MIGRATIONS: Migrations = {
     1: "the arrays of the state had other names",
+    2: lambda meta: meta | {"logs": {}},  # it did not know the run's logs
 }
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxmorph import __version__
 from jaxmorph.cli.errors import InputError
-from jaxmorph.system.files import sync_file, sync_folder
+from jaxmorph.system.files import sync_file, sync_folder, write_new
 
 if TYPE_CHECKING:
     import jax
@@ -120,7 +120,7 @@ def write_manifest(
         "step": step,
     }
     manifest["manifest_sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
-    (folder / MANIFEST).write_bytes(_canonical(manifest))
+    write_new(folder / MANIFEST, _canonical(manifest))
     for parent, _, names in os.walk(folder):
         for name in names:
             sync_file(Path(parent) / name)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmorph import __version__
-from jaxmorph.cli.errors import InputError
-from jaxmorph.storage.json_lines import JsonLines, read_records
+from jaxmorph.storage.json_lines import JsonLines, cut_back, read_records
+from jaxmorph.system.files import refusing_bad_paths
 
 START_LOG = "runs.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -53,18 +53,15 @@ def record_start(run_dir: Path, step: int, resumed: bool, software: Mapping[str,
 
     Raises:
       InputError: the log cannot be read or written, or a line before its last is damaged.
+      OSError: the disk is full or fails.
     """
     path = run_dir / START_LOG
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    try:
-        with JsonLines(path) as lines:
-            lines.cut_back(lambda record: True)  # what a killed process or a power cut left
-            earlier = read_records(path)
-            lines.write({"started": started, "step": step, "resumed": resumed, **software})
-            lines.sync()
-    except OSError as error:
-        expected = f"a log that can be read and written ({error.strerror})"
-        raise InputError(str(path), "", None, expected) from error
+    with refusing_bad_paths(), JsonLines(path) as lines:
+        cut_back(path, lambda record: True)  # what a killed process or a power cut left
+        earlier = read_records(path)
+        lines.write({"started": started, "step": step, "resumed": resumed, **software})
+        lines.sync()
     changes = changed_software(earlier[-1], software) if resumed and earlier else []
     if not changes:
         return []

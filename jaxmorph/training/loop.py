@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import jax
 
-from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.errors import FailedError, InputError, system_error_in_words
 from jaxmorph.cli.printing import say, sentence
 from jaxmorph.cli.progress import Progress, make_progress
 from jaxmorph.config.fields import values_of, with_values
@@ -19,14 +19,13 @@ from jaxmorph.config.settings_file import to_yaml
 from jaxmorph.config.sources import Sources
 from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.schedule import schedule_json
-from jaxmorph.report.page import write_report
+from jaxmorph.report.page import report_is_current, write_report
 from jaxmorph.step.metrics import METRIC_TABLE, table_to_json
 from jaxmorph.step.state import TrainState
-from jaxmorph.storage.checkpoints import CheckpointError
-from jaxmorph.storage.json_lines import JsonLines
+from jaxmorph.storage.checkpoints import CheckpointError, Checkpoints
 from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.storage.start_log import record_start, software_facts
-from jaxmorph.system.files import replace_text
+from jaxmorph.system.files import refusing_bad_paths, replace_text
 from jaxmorph.system.peak_flops import peak_flops
 from jaxmorph.system.signals import StopSignals
 from jaxmorph.training.operate import OperationFailedError
@@ -34,6 +33,7 @@ from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup, prepare
 from jaxmorph.training.resume import resume
 from jaxmorph.training.run import Run
+from jaxmorph.training.run_logs import NO_LINES
 from jaxmorph.training.step_log import DivergedError, StepLog
 from jaxmorph.training.tables import Tables
 from jaxmorph.training.trackers import make_trackers
@@ -67,27 +67,26 @@ def train(
     check_turns(turns)
     run_dir = _checked_folder(plan.settings)
     with _precision(plan.settings), RunLock(run_dir), StopSignals() as signals:
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        with refusing_bad_paths():
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
         setup = prepare(plan, sources, run_dir, tables)
-        with contextlib.closing(setup.checkpoints), contextlib.closing(setup.compiler):
+        with _closing(setup.checkpoints), _closing(setup.compiler), _closing(setup.logs):
             state, position, resumed = begin_or_resume(setup)
             if position.step >= setup.total_steps and position.pending is None:
                 say(f"The run is finished: step {position.step} of {setup.total_steps}.")
-                return 0
-            _record_start(setup, position, resumed=resumed)
-            try:
-                status = run_steps(setup, state, position, signals, turns, resumed=resumed)
-            except CheckpointError as error:
-                say(f"error: {error}", file=sys.stderr)
-                return 1
-        say(f"Report: {write_report(run_dir)}")
+                status = 0
+            else:
+                _record_start(setup, position, resumed=resumed)
+                with _failing_in_one_message(setup):
+                    status = run_steps(setup, state, position, signals, turns, resumed=resumed)
+        _report_if_missing(run_dir)
         return status
 
 
 def begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
     """Return the state and position to start from, and whether the run is resumed.
 
-    The run folder's logs are truncated to that position.
+    The run folder's logs are cut back to that position.
     """
     run_dir, checkpoints = setup.run_dir, setup.checkpoints
     step = checkpoints.latest_sound()
@@ -97,10 +96,13 @@ def begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
         )
     if step is None:
         state, position = setup.compiler.initial_state(), Position()
+        setup.logs.check(position, NO_LINES, accept=False)
     else:
         state, position = resume(setup, step)
     checkpoints.remove_partial()  # only now: a refused run must stay unchanged
-    _write_files(setup, position, kept=-1 if step is None else position.step)
+    with refusing_bad_paths():
+        _write_files(setup)
+        setup.logs.cut()
     return state, position, step is not None
 
 
@@ -123,21 +125,74 @@ def run_steps(
       turns: what happens after each step, in this order.
       resumed: whether the run is resumed; if not, it starts with an evaluation and a checkpoint.
     """
-    kind, checkpoints = setup.settings.run.progress, setup.checkpoints
-    operations = JsonLines(setup.run_dir / "operations.jsonl")
-    with make_progress(kind, position.step, setup.total_steps) as progress:
-        log = _step_log(setup, position, progress)
-        try:
-            with contextlib.closing(operations), contextlib.closing(log):
-                run = Run(setup, state, position, log, operations, progress, signals)
-                _run_loop(run, turns, resumed=resumed)
-        except (DivergedError, OperationFailedError) as error:
-            checkpoints.wait()
-            good = checkpoints.folder / str(checkpoints.newest())
-            say(f"error: {error}. The last good checkpoint is {good}", file=sys.stderr)
-            return 1
-    checkpoints.wait()
+    kind = setup.settings.run.progress
+    with (
+        make_progress(kind, position.step, setup.total_steps) as progress,
+        _closing(_step_log(setup, position, progress)) as log,
+    ):
+        run = Run(setup, state, position, log, progress, signals)
+        _run_loop(run, turns, resumed=resumed)
+    setup.checkpoints.wait()
     return 0 if signals.received is None else signals.exit_status
+
+
+@contextlib.contextmanager
+def _failing_in_one_message(setup: Setup) -> Iterator[None]:
+    """Raise a FailedError for what may fail in a run, with the checkpoint it goes on from."""
+    try:
+        yield
+    except BrokenPipeError:  # of stdout: who read it has had enough
+        raise
+    except (DivergedError, OperationFailedError) as error:
+        with contextlib.suppress(InputError, OSError):
+            _report_if_missing(setup.run_dir)
+        raise FailedError(f"{error}. {_last_good(setup.checkpoints)}") from error
+    except CheckpointError as error:
+        raise FailedError(f"{error}. {_last_good(setup.checkpoints)}") from error
+    except OSError as error:
+        words = system_error_in_words(error)
+        raise FailedError(f"{words}. {_last_good(setup.checkpoints)}") from error
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
+    """Name the last good checkpoint, after reading and verifying all of it."""
+    with contextlib.suppress(CheckpointError):  # it is not what failed first
+        checkpoints.wait()
+    try:
+        step = checkpoints.latest_sound(on_corrupt=lambda step, problem: None)
+    except InputError as error:
+        return f"No checkpoint is good: {error}"
+    if step is None:
+        return "There is no checkpoint yet"
+    return f"Verified: the last good checkpoint is {checkpoints.folder / str(step)}"
+
+
+def _report_if_missing(run_dir: Path) -> None:
+    """Write the report, unless it is there and of the run's present logs.
+
+    A process may have been killed, or the disk full, between the last checkpoint and the report.
+    """
+    if not report_is_current(run_dir):
+        say(f"Report: {write_report(run_dir)}")
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_Thing = TypeVar("_Thing", bound=_Closable)
+
+
+@contextlib.contextmanager
+def _closing(thing: _Thing) -> Iterator[_Thing]:
+    """Close a thing at the end; after an error, whatever else fails then adds nothing to it."""
+    try:
+        yield thing
+    except BaseException:
+        with contextlib.suppress(Exception):
+            thing.close()
+        raise
+    thing.close()
 
 
 def _run_loop(run: Run, turns: Sequence[Turn], *, resumed: bool) -> None:
@@ -162,7 +217,7 @@ def _record_start(setup: Setup, position: Position, *, resumed: bool) -> None:
 def _step_log(setup: Setup, position: Position, progress: Progress) -> StepLog:
     settings = setup.settings
     log = StepLog(
-        JsonLines(setup.run_dir / "metrics.jsonl"),
+        setup.logs.metrics,
         make_trackers(settings.run, setup.run_dir, values_of(settings)),
         progress,
         settings.run,
@@ -191,8 +246,8 @@ def _checked_folder(settings: Settings) -> Path:
     return run_dir
 
 
-def _write_files(setup: Setup, position: Position, kept: int) -> None:
-    """Write the run's settings and schedule, and truncate its logs to step `kept`."""
+def _write_files(setup: Setup) -> None:
+    """Write the run's settings, tokenizer, metric table and schedule."""
     run_dir = setup.run_dir
     # Relative to the file, so that it still names this run where the folder has been moved to.
     own = {"run_dir": "."} | ({"scaling_schedule_file": _SCHEDULE} if setup.plan.entries else {})
@@ -201,9 +256,3 @@ def _write_files(setup: Setup, position: Position, kept: int) -> None:
     replace_text(run_dir / METRIC_TABLE, table_to_json(setup.tables.step.metrics))
     if setup.plan.entries:
         replace_text(run_dir / _SCHEDULE, schedule_json(setup.plan.entries))
-    (run_dir / "operations.jsonl").touch()
-    with JsonLines(run_dir / "metrics.jsonl") as lines:
-        lines.cut_back_to_step(kept)
-    # By number, not by step: an operation that failed at the checkpoint's step may have come later.
-    with JsonLines(run_dir / "operations.jsonl") as lines:
-        lines.cut_back(lambda record: record["index"] < position.next_operation)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmorph.cli.errors import FailedError
 from jaxmorph.cli.wording import repeatable
 from jaxmorph.growth.plan import Stage
 from jaxmorph.growth.schedule import Entry
@@ -25,7 +26,7 @@ from jaxmorph.training.position import Position
 from jaxmorph.training.stages import Change, StageCompiler
 
 
-class OperationFailedError(RuntimeError):
+class OperationFailedError(FailedError):
     """An operation could not be done; the state is unchanged."""
 
 

@@ -25,6 +25,7 @@ from jaxmorph.step.sharding import make_mesh, mesh_shape
 from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.training.active_stage import ActiveStage
+from jaxmorph.training.run_logs import RunLogs
 from jaxmorph.training.stages import StageCompiler
 from jaxmorph.training.tables import Tables
 
@@ -40,6 +41,7 @@ class Setup:
     mesh: Mesh
     compiler: StageCompiler
     checkpoints: Checkpoints
+    logs: RunLogs
     run_dir: Path
     tables: Tables
 
@@ -95,6 +97,7 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
         mesh=mesh,
         compiler=StageCompiler(plan, mesh, validation_specs, tables),
         checkpoints=Checkpoints(run_dir / "checkpoints", kept, settings.run.keep_best),
+        logs=RunLogs(run_dir),
         run_dir=run_dir,
         tables=tables,
     )

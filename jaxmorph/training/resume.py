@@ -20,6 +20,7 @@ from jaxmorph.model.blocks import Gates, Params
 from jaxmorph.model.tree_paths import from_leaves, leaves_by_path
 from jaxmorph.step.state import GATES, TrainState, gates_of
 from jaxmorph.storage.checkpoints import Checkpoints
+from jaxmorph.storage.json_lines import LogMark
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup
 
@@ -33,16 +34,18 @@ class CheckpointRecord:
     settings: dict[str, Any]
     corpus_sha256: str
     schedule: list[dict[str, str]]  # name and sha256 of every entry, see `schedule_record`
+    logs: dict[str, LogMark]  # see `RunLogs.sync`; without those of an older format
 
     @staticmethod
     def of(setup: Setup, position: Position) -> CheckpointRecord:
-        """Return the record of a run at a position."""
+        """Return the record of a run at a position; its logs are on disk on return."""
         return CheckpointRecord(
             position,
             setup.plan.stages[position.next_operation].shape.model,
             same_json(values_of(setup.settings)),
             setup.corpus.sha256,
             schedule_record(setup.plan.entries),
+            setup.logs.sync(),
         )
 
     def to_meta(self) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class CheckpointRecord:
             dict(meta["settings"]),
             meta["corpus_sha256"],
             list(meta["schedule"]),
+            {name: LogMark(**mark) for name, mark in meta["logs"].items()},
         )
 
 
@@ -137,8 +141,10 @@ def check_unchanged(
 def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     """Return the state and position of a checkpoint; some settings of the run may have changed.
 
+    The run's logs are checked, not yet cut back.
+
     Raises:
-      InputError: a change that affects steps already taken.
+      InputError: a change that affects steps already taken, or a damaged log that is not accepted.
     """
     record = CheckpointRecord.from_meta(setup.checkpoints.read_meta(step))
     settings = setup.settings
@@ -150,11 +156,14 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
         str(settings.growth.scaling_schedule_file or "--scaling_schedule_file"),
         settings.growth.allow_schedule_change,
     )
+    accept = settings.run.accept_damaged_log
+    damaged = setup.logs.check(record.position, record.logs, accept=accept)
     programs = setup.compiler.uncompiled(record.position.next_operation)
     state = restore_state(
         setup.checkpoints, step, programs.abstract_state, programs.state_shardings
     )
-    say(f"Resuming at step {step}." + "".join(f"\n  changed {sentence(line)}" for line in changes))
+    lines = [f"changed {line}" for line in changes] + [f"accepted {note}" for note in damaged]
+    say(f"Resuming at step {step}." + "".join(f"\n  {sentence(line)}" for line in lines))
     return _with_total_steps(state, setup.total_steps), record.position
 
 

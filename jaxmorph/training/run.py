@@ -19,7 +19,6 @@ from jaxmorph.model.tree_paths import leaves_by_path
 from jaxmorph.step.sharding import place_batch
 from jaxmorph.step.state import TrainState
 from jaxmorph.step.task import Batch
-from jaxmorph.storage.json_lines import JsonLines
 from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.signals import StopSignals
@@ -40,7 +39,6 @@ class Run:
       state: the state to start from.
       position: its position.
       log: the log of its steps.
-      operations: its operations.jsonl.
       progress: the display.
       signals: signals that ask the run to stop.
 
@@ -58,15 +56,14 @@ class Run:
         state: TrainState,
         position: Position,
         log: StepLog,
-        operations: JsonLines,
         progress: Progress,
         signals: StopSignals,
     ):
         self.setup, self.state, self.position = setup, state, position
         self.active: ActiveStage = setup.activate(position.next_operation)
         self.new_loss: float | None = None
-        self.log, self._operations, self.progress = log, operations, progress
-        self._signals = signals
+        self.log, self.progress, self._signals = log, progress, signals
+        self._saved = position  # the newest position that a checkpoint may have
 
     @property
     def step(self) -> int:
@@ -178,15 +175,13 @@ class Run:
         loss = self.position.val_loss
         self.new_loss = math.nan if loss is None else loss
 
-    def save_again(self) -> None:
-        """Save in place of the checkpoint of this step."""
-        self.setup.checkpoints.discard(self.step)
-        self.save()
-
     def save(self) -> None:
         """Start saving a checkpoint. The log lines up to its step are written before it can commit."""
-        self.log.sync()
-        self._operations.sync()
+        if self.step == self._saved.step and self.position != self._saved:
+            # An operation that had failed here is done. First, as it does not know the lines to come.
+            self.setup.checkpoints.discard(self.step)
+        self._saved = self.position
+        self.log.flush()
         record = CheckpointRecord.of(self.setup, self.position)
         self.setup.checkpoints.save(
             self.step,
@@ -208,7 +203,9 @@ class Run:
             self.position = dataclasses.replace(position, pending=reason)
             self.save()
             raise OperationFailedError(failure(entry, error)) from error
-        self._operations.write(result.record(self.position.val_loss if entry.reevaluate else None))
+        self.setup.logs.operations.write(
+            result.record(self.position.val_loss if entry.reevaluate else None)
+        )
         crash_point("operation_recorded")
         self.setup.compiler.prefetch_after(self.position.next_operation)
         self.log.restart_clock()
@@ -229,9 +226,9 @@ class Run:
         task = self.setup.tables.step.task
         loss = self._measured("reevaluation")[task.loss]
         metric = task.metric(f"val/{task.loss}")
-        self.record({f"{metric.name}_after": loss})
         self.progress.note(f"step {self.step}: {metric.label} after it {metric.written(loss)}")
         self.position = self.position.evaluated_again(loss)
+        self.record({f"{metric.name}_after": loss})  # last: a failed operation leaves no trace
 
     def _measured(self, crash: str) -> dict[str, float]:
         """Return the mean of each of the task's measures over the validation batches."""

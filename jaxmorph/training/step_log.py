@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxmorph.cli.errors import FailedError
 from jaxmorph.cli.progress import Progress
 from jaxmorph.config.settings import RunSettings
 from jaxmorph.step.metrics import Metric
@@ -23,7 +24,7 @@ _STEPS_IN_FLIGHT = 2
 Totals = dict[str, int]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FailedError):
     """The loss or the gradient stayed non-finite; the run cannot continue."""
 
 
@@ -77,10 +78,8 @@ class StepLog:
         """Add values to the line of `step`, the newest one."""
         self.flush_to_held()
         self.restart_clock()
-        if self._held is None:
-            if self._lines.amend_last(step, values):  # written before the run was resumed
-                return
-            self._held = {"step": step}
+        if self._held is None:  # the run has just begun, or was resumed at a line already written
+            self._held = self._lines.take_back(step) or {"step": step}
         assert self._held["step"] == step
         self._held.update(values)
 
@@ -93,11 +92,6 @@ class StepLog:
         self.flush_to_held()
         self._write_held()
 
-    def sync(self) -> None:
-        """Write all lines and sync them to disk: a checkpoint must not be ahead of them."""
-        self.flush()
-        self._lines.sync()
-
     def flush_to_held(self) -> None:
         """Wait for every dispatched step; write all lines but the newest."""
         while self._pending:
@@ -106,7 +100,6 @@ class StepLog:
     def close(self) -> None:
         """Write all lines and close the trackers."""
         self.flush()
-        self._lines.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ def _wandb(settings: RunSettings, run_dir: Path, values: dict[str, Any]) -> Trac
         import wandb
     except ImportError:
         raise _missing("wandb") from None
+    # On a full disk W&B's own log must not print a traceback for each line it cannot write.
+    logging.raiseExceptions = False
     run = wandb.init(
         project=settings.wandb_project,
         name=run_dir.name,

@@ -69,11 +69,11 @@ def take_turns(run: Run, turns: Sequence[Turn]) -> None:
 
 
 def retry_operation(run: Run, turns: Sequence[Turn]) -> None:
-    """Go on after a step whose operation failed: from the turn that failed, and save in its place."""
+    """Go on after a step whose operation failed, from the turn that failed."""
     names = [turn.name for turn in turns]
     run.forget_failure()
     take_turns(run, turns[names.index("operate") : -1])
-    run.save_again()
+    run.save()
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from jaxmorph.cli.command_line import parse, parse_command, run_command
-from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.errors import FailedError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,50 @@ class Sample:
 
 def settings(*argv, target: object = Settings):
     return parse(target, argv, "prog", "Do it.")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "runs/a/b"), "runs/a/b: No space left on device"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (FailedError("it diverged"), "it diverged"),
+    ],
+)
+def test_what_fails_that_is_not_the_input_is_one_message_and_status_1(error, said, capsys):
+    def fails():
+        raise error
+
+    assert run_command(fails) == 1
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(28, 1), (5, 1), (13, 2), (21, 2)])
+def test_a_place_refused_because_its_disk_fails_is_no_bad_input(number, status, capsys):
+    def refuses():
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise InputError("--run_dir", "", "runs/a", f"a folder ({error.strerror})") from None
+
+    assert run_command(refuses) == status
+    assert capsys.readouterr().err.endswith(f"expected a folder ({os.strerror(number)})\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["lambda: print('words')", "lambda: print('words ' * 9999)"])
+def test_a_full_disk_behind_stdout_is_one_message(command):
+    with open("/dev/full", "w") as full:
+        end = subprocess.run(
+            [sys.executable, "-c", WRITES.format(command)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert end.returncode == 1
+    assert end.stderr.startswith("error: ")
+    assert end.stderr.endswith("No space left on device\n")
+    assert end.stderr.count("\n") == 1
 
 
 def test_no_flags_give_the_defaults_of_a_class_or_an_instance():

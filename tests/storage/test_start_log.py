@@ -74,5 +74,5 @@ def test_an_unreadable_log_is_named(tmp_path):
         record_start(tmp_path, 4, True, NOW)
     path.unlink()
     path.mkdir()
-    with pytest.raises(InputError, match=r"runs\.jsonl: expected a log that can be read"):
+    with pytest.raises(InputError, match=r"runs\.jsonl: expected a writable file"):
         record_start(tmp_path, 4, True, NOW)

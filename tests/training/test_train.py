@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,52 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, text, capsys):
     assert main(_argv(text, finished)) == 0
     assert "finished: step 12 of 12" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def _report_of_another_run(run_dir: Path) -> None:
+    page = (run_dir / "report.html").read_text()
+    digest = page.split('<meta name="jaxmorph" content="')[1].split()[0]
+    (run_dir / "report.html").write_text(page.replace(digest, "0" * 64))
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda run_dir: (run_dir / "report.html").unlink(),
+        lambda run_dir: (run_dir / "loss.png").unlink(),
+        lambda run_dir: (run_dir / "report.html").write_text(""),
+        _report_of_another_run,
+    ],
+)
+def test_a_finished_run_writes_the_report_that_is_missing(finished, text, tmp_path, capsys, lose):
+    """As after a kill between the last checkpoint and the report, or on a disk that was full there."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    written = (run_dir / "report.html").read_text()
+    lose(run_dir)
+    capsys.readouterr()
+    assert main(_argv(text, run_dir)) == 0
+    assert "finished: step 12 of 12" in (said := capsys.readouterr().out)
+    assert said.endswith(f"Report: {run_dir / 'report.html'}\n")
+    assert (run_dir / "loss.png").exists()
+    meta = '<meta name="jaxmorph" content='
+    lines = [line for line in written.splitlines() if line.startswith(meta)]
+    assert lines[0] in (run_dir / "report.html").read_text()
+    before = (run_dir / "report.html").stat().st_mtime_ns
+    assert main(_argv(text, run_dir)) == 0
+    assert "Report" not in capsys.readouterr().out
+    assert (run_dir / "report.html").stat().st_mtime_ns == before
+
+
+def test_a_run_killed_before_its_report_writes_it_when_it_is_started_again(text, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    process = _start(_argv(text, run_dir, 4), JAXMORPH_CRASH_AT="after_save:2")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert not (run_dir / "report.html").exists()
+    assert main(_argv(text, run_dir, 4)) == 0
+    assert "finished: step 4 of 4" in capsys.readouterr().out
+    assert (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize(
