@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,6 +27,17 @@ def field_name(path: tuple) -> str:
     """Return the field of a state that a leaf belongs to: the last attribute on its path, or ""."""
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     return names[-1] if names else ""
+
+
+def field_place(path: tuple) -> str:
+    """Return the place of the field that a leaf belongs to: "[1].trace", or "" without a field."""
+    at = [k for k, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
+    return jax.tree_util.keystr(path[: at[-1] + 1]) if at else ""
+
+
+def declared_for(path: tuple, fields: Mapping[str, Any]) -> Any:
+    """Return what is declared for a leaf's field: by its place, else by its name, else None."""
+    return fields.get(field_place(path), fields.get(field_name(path)))
 
 
 def leaves_by_path(state: Any) -> dict[str, Any]:

@@ -26,6 +26,12 @@ contribution:
 The shares of an entry and its copies sum to 1, which preserves the function. Fresh entries have first
 moments of 0 and second moments equal to their layer's mean.
 
+What else an optimizer keeps moves by the power of the gradient that it holds: c for mu, c² for nu, 1
+for updates. That depends on the transform and on what comes before it: `TRANSFORMS` lists those that
+are known, by name. A state that no rule covers is refused; `apply`'s `fields` states its power.
+Epsilons, clipping thresholds and initial accumulators count as gradients of their own unit, as if they
+were scaled along.
+
 For example, growing a GPT-like block:
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -86,16 +92,16 @@ from jaxmorph.morphs.change import Change, FreshStart, by_map
 from jaxmorph.morphs.declared import moved
 from jaxmorph.morphs.deepen import deepen
 from jaxmorph.morphs.keep import keep
-from jaxmorph.morphs.moments import FIELDS, KEEP, PARAMETER
 from jaxmorph.morphs.report import Line, Report
 from jaxmorph.morphs.trained import trained
+from jaxmorph.morphs.transforms import KEEP, PARAMETER, TRANSFORMS
 from jaxmorph.morphs.widen import widen
 
 __all__ = [
-    "FIELDS",
     "FRESH",
     "KEEP",
     "PARAMETER",
+    "TRANSFORMS",
     "AxisMap",
     "Change",
     "FreshStart",

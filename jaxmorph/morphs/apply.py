@@ -73,8 +73,9 @@ def apply(
       optimizer: the optimizer; if it covers other layers afterwards (see `trained`), the new one.
       key: PRNG key, needed if a change or fresh entries are random.
       other: further arrays over named axes, by name; returned in the report's `other`.
-      fields: how to change optimizer state fields that are not in `FIELDS`: the power of the
-        gradient a field holds, PARAMETER or KEEP, or a NamedAxes if it mirrors no parameter.
+      fields: how fields of the optimizer's state change, by name or by place ("[1].trace"), where
+        `transforms` has no rule or another one: the power of the gradient that a field holds, entry
+        by entry; PARAMETER or KEEP; or a NamedAxes if it mirrors no parameter.
 
     Raises:
       InputError: changes that do not fit the parameters or each other, an optimizer whose state
@@ -101,9 +102,9 @@ def apply(
         new_state = optimizer.init(new_params)
         state_lines = _reset(new_state)
     else:
-        target = jax.eval_shape(optimizer.init, new_params)
-        state_lines, leaves = moved_state(_routes(layout, origin), opt_state, target, fields or {})
-        new_state = jax.tree.unflatten(jax.tree.structure(target), leaves)
+        state_lines, new_state = moved_state(
+            _routes(layout, origin), opt_state, optimizer, new_params, fields or {}
+        )
     return new_params, new_state, Report((*lines, *state_lines), other=moved_other)
 
 

@@ -1,53 +1,29 @@
 """What each leaf of an optimizer's state holds, and so how it changes when an axis does.
 
-If a change of shape preserves the function and scales an entry's gradient g to c·g, statistics linear
-in gradients are scaled by c and quadratic ones by c² (after Shen et al. 2022, arXiv 2203.06211, who
-grow moments along with weights). A field is the last attribute on a leaf's path (mu, nu, trace, ...);
-the dict keys after it name the parameter that the leaf mirrors.
+A leaf belongs to a transform (`owners`), whose rule says how its field moves (`transforms`); the dict
+keys at the end of its path name the parameter that it mirrors. `fields` states what no rule says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import SequenceKey
+from jax.tree_util import GetAttrKey, keystr
 
 from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.model.named_axes import NamedAxes
-from jaxmorph.model.tree_paths import field_name, parameter_path
+from jaxmorph.model.tree_paths import declared_for, field_name, field_place, parameter_path
+from jaxmorph.morphs.owners import Owner, Path, owners
+from jaxmorph.morphs.transforms import KEEP, PARAMETER, Power
 
-KEEP = "keep"  # unchanged by any change of shape
-PARAMETER = "parameter"  # holds weights, and changes as they do
-# The power of the gradient a field holds, KEEP or PARAMETER; or axes, if it mirrors no parameter.
-Kind = int | str | NamedAxes
-
-FIELDS: dict[str, Kind] = {
-    # Linear in gradients: Adam, lion and muon; sgd; MultiSteps; AdEMAMix.
-    **dict.fromkeys(("mu", "trace", "ema", "acc_grads", "m1", "m2"), 1),
-    # Quadratic: Adam and rmsprop, amsgrad, adagrad, adadelta, adafactor.
-    **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "e_g", "v", "v_row", "v_col"), 2),
-    # Updates, which do not depend on the gradient's scale: adadelta.
-    "e_x": 0,
-    # Weights: schedule-free.
-    "z": PARAMETER,
-    # Not per parameter: inject_hyperparams, muon, added noise, reduce_on_plateau, schedule-free.
-    **dict.fromkeys(("hyperparams", "ns_coeffs", "rng_key"), KEEP),
-    **dict.fromkeys(("scale", "best_value", "avg_value", "b1", "weight_sum", "max_lr"), KEEP),
-}
-REFUSED = {
-    "ScaleByNovogradState": "novograd keeps one second moment per leaf, which cannot be split by "
-    "entry",
-    "ScaleBySM3State": "sm3 keeps bounds on second moments, one per index of a leaf, which do not "
-    "determine each entry's own",
-}
-_MOMENTUM = frozenset({"trace", "ema"})
-# Fields of transforms that divide out the gradient's scale, so momentum after them holds updates.
-_NORMALISING = frozenset({"nu", "sum_of_squares", "v_row", "e_g", "ns_coeffs"})
-Path = tuple[Any, ...]
+# What `fields` may say: the power of the gradient that a field holds, KEEP or PARAMETER; or its axes,
+# if it mirrors no parameter.
+Kind = float | str | NamedAxes
 
 
 @dataclass(frozen=True)
@@ -64,73 +40,124 @@ class Place:
     path: Path
     field: str
     parameter: str
-    kind: Kind
+    kind: Power | str | NamedAxes
 
     def __str__(self) -> str:
-        return jax.tree_util.keystr(self.path)
+        return keystr(self.path)
 
     def beside(self, field: str) -> Path:
         """Return the path of another field of the same state, for the same parameter."""
         at = len(self.path) - len(self.parameter.split("/")) - 1
-        return (*self.path[:at], jax.tree_util.GetAttrKey(field), *self.path[at + 1 :])
+        return (*self.path[:at], GetAttrKey(field), *self.path[at + 1 :])
 
 
-def places(state: Any, parameters: Collection[str], fields: Mapping[str, Kind]) -> list[Place]:
+def places(
+    update: Any, state: Any, parameters: Collection[str], fields: Mapping[str, Kind]
+) -> list[Place]:
     """Return the place of every leaf of an optimizer's state, in tree order.
 
     Args:
+      update: the optimizer's `update`.
       state: the state, with arrays or shapes as leaves.
       parameters: paths of the parameters.
-      fields: how other fields change; also overrides known ones.
+      fields: how fields change, by name or by place, such as "[1].trace"; overrides the rules.
 
     Raises:
-      InputError: an unsupported optimizer, a leaf that no rule covers, or a name in `fields` that no
-        leaf has.
+      InputError: a leaf whose change no rule knows, or an entry of `fields` that no leaf has or that
+        cannot be.
     """
-    _refuse(state)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    _check_fields(fields, {field_name(path) for path, _ in leaves})
-    normalising = [path for path, _ in leaves if field_name(path) in _NORMALISING]
-    table, found = FIELDS | dict(fields), []
+    _check_fields(fields, [path for path, _ in leaves], parameters)
+    found, unknown = [], []
+    known = owners(update, state)
     for path, leaf in leaves:
-        field, mirrored = field_name(path), parameter_path(path)
+        mirrored = parameter_path(path)
         parameter = mirrored if mirrored in parameters else ""
-        kind = table.get(field)
-        if isinstance(kind, NamedAxes):
-            parameter = ""
-        elif not parameter:
-            kind = KEEP if kind == KEEP or _is_counter(leaf) else None
-        elif field in _MOMENTUM and field not in fields and _comes_after(path, normalising):
-            kind = 0
-        if kind is None:
-            raise _unaccounted(path, field, parameter)
-        found.append(Place(path, field, parameter, kind))
+        owner = _owner_of(path, known)
+        kind = _kind(path, leaf, owner, fields)
+        if kind is None or ((isinstance(kind, Power) or kind == PARAMETER) and not parameter):
+            unknown.append((path, owner, parameter))
+            continue
+        parameter = "" if isinstance(kind, NamedAxes) else parameter
+        found.append(Place(path, field_name(path), parameter, kind))
+    if unknown:
+        raise _unaccounted(unknown)
     return found
 
 
-def _check_fields(fields: Collection[str], known: Collection[str]) -> None:
-    for name in sorted(set(fields) - set(known)):
-        has = ", ".join(sorted(filter(None, known))) or "none"
-        expected = f"a field of the optimizer's state: {has}{nearest(name, known)}"
-        raise InputError("fields", "", name, expected)
+def _kind(
+    path: Path, leaf: Any, owner: Owner | None, fields: Mapping[str, Kind]
+) -> Power | str | NamedAxes | None:
+    """Return how a leaf changes, or None if nothing says so."""
+    declared = declared_for(path, fields)
+    if declared is not None:
+        number = isinstance(declared, int | float)
+        return Power(declared, mean=declared == 2) if number else declared
+    field = _field_of(path, owner)
+    if owner is not None and field in owner.fields:
+        return owner.fields[field]
+    return KEEP if _is_counter(leaf) and not parameter_path(path) else None
 
 
-def _refuse(state: Any) -> None:
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in REFUSED)
-    for name in (type(node).__name__ for node in nodes):
-        if name in REFUSED:
-            raise InputError("optimizer", "", name, f"another optimizer: {REFUSED[name]}")
+def _owner_of(path: Path, known: Sequence[Owner]) -> Owner | None:
+    """Return the innermost transform that a leaf belongs to."""
+    return max(
+        (owner for owner in known if path[: len(owner.path)] == owner.path),
+        key=lambda owner: len(owner.path),
+        default=None,
+    )
 
 
-def _unaccounted(path: Path, field: str, parameter: str) -> InputError:
+def _field_of(path: Path, owner: Owner | None) -> str:
+    """Return the field of its transform's state that a leaf belongs to, "" without one."""
+    own = path[len(owner.path) :] if owner else ()
+    return own[0].name if own and isinstance(own[0], GetAttrKey) else ""
+
+
+def _check_fields(
+    fields: Mapping[str, Kind], paths: Sequence[Path], parameters: Collection[str]
+) -> None:
+    """Check that every entry of `fields` names a field, and says something that can be of it."""
+    mirrored: dict[str, bool] = {}
+    for path in paths:
+        for name in filter(None, (field_name(path), field_place(path))):
+            mirrored[name] = mirrored.get(name, True) and parameter_path(path) in parameters
+    for name, kind in fields.items():
+        if name not in mirrored:
+            has = ", ".join(sorted(name for name in mirrored if name.isidentifier())) or "none"
+            expected = f"a field of the optimizer's state: {has}{nearest(str(name), mirrored)}"
+            raise InputError("fields", "", name, expected)
+        _check_kind(name, kind, mirrored[name])
+
+
+def _check_kind(name: str, kind: Any, mirrored: bool) -> None:
+    number = isinstance(kind, int | float) and not isinstance(kind, bool)
+    if isinstance(kind, NamedAxes) or kind == KEEP:
+        return
+    if not (number and math.isfinite(kind)) and kind != PARAMETER:
+        words = (KEEP, PARAMETER)
+        hint = nearest(kind, words) if isinstance(kind, str) else ""
+        expected = "the power of the gradient that it holds, a finite number; "
+        raise InputError("fields", name, kind, f"{expected}{KEEP!r}, {PARAMETER!r} or axes{hint}")
+    if not mirrored:
+        expected = f"{KEEP!r} or NamedAxes, as the field is not shaped like the parameters"
+        raise InputError("fields", name, kind, expected)
+
+
+def _unaccounted(unknown: Sequence[tuple[Path, Owner | None, str]]) -> InputError:
+    path, owner, parameter = unknown[0]
+    name = owner.name if owner else "the optimizer"
+    why = owner.why if owner else "no transform that is known"
     mirrors = f", which mirrors {parameter}," if parameter else ""
+    fields = dict.fromkeys(field_name(path) for path, other, _ in unknown if other is owner)
+    declared = ", ".join(f"{field!r}: ..." for field in fields)
     return InputError(
-        f"optimizer state {jax.tree_util.keystr(path)}",
+        f"optimizer state {keystr(path)}",
         "",
         None,
-        f"a rule for its field {field!r}{mirrors} when axes change: pass fields={{{field!r}: the "
-        f"power of the gradient that it holds, {PARAMETER!r} or {KEEP!r}}}, or NamedAxes if it "
-        "mirrors no parameter",
+        f"a rule for field {field_name(path)!r} of {name}{mirrors} when axes change ({why}): use "
+        f"another optimizer, or pass fields={{{declared}}} with the power of the gradient that a "
+        f"field holds, {PARAMETER!r}, {KEEP!r}, or NamedAxes if it mirrors no parameter",
     )
 
 
@@ -138,13 +165,3 @@ def _is_counter(leaf: Any) -> bool:
     """Return whether a leaf is an integer or boolean scalar, such as a step count."""
     whole = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.integer, jnp.bool_))
     return leaf.ndim == 0 and whole
-
-
-def _comes_after(path: Path, earlier: Iterable[Path]) -> bool:
-    """Return whether a leaf's transform comes after one of the others in a chain."""
-    for other in earlier:
-        mine, theirs = next(pair for pair in zip(path, other, strict=False) if pair[0] != pair[1])
-        in_chain = isinstance(mine, SequenceKey) and isinstance(theirs, SequenceKey)
-        if in_chain and mine.idx > theirs.idx:
-            return True
-    return False

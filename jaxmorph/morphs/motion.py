@@ -9,6 +9,7 @@ gradient (see `moments`).
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ import numpy as np
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.model.signatures import Role, Signature
-from jaxmorph.morphs.axis_map import AxisMap
+from jaxmorph.morphs.axis_map import FRESH, AxisMap
 from jaxmorph.morphs.change import FreshStart, Move
+from jaxmorph.morphs.take import take, uniform_at
+from jaxmorph.morphs.transforms import Power
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Step:
         """Return every new entry's source along the axis; arbitrary values if it has none."""
         source = np.maximum(self.map.source, 0)
         if self.over is None:
-            return jnp.take(leaf, source, axis=self.dimension)
+            return take(leaf, source, self.dimension)
         indices = jnp.asarray(self.along(source, leaf.ndim))
         return jnp.take_along_axis(leaf, indices, axis=self.dimension)
 
@@ -94,6 +97,16 @@ def steps_of(path: str, signature: Signature, moves: Sequence[Move]) -> tuple[St
         at = signature.axes.index(change.axis)
         steps.append(Step(at, signature.role(change.axis), change, start, over))
     return tuple(steps)
+
+
+def _turns(source: np.ndarray, old: int) -> list[np.ndarray]:
+    """Return for the first, second, ... copy of every old entry its number among the copies, or -1."""
+    order = np.argsort(source, kind="stable")
+    _, first, counts = np.unique(source[order], return_index=True, return_counts=True)
+    earlier = np.arange(len(source)) - np.repeat(first, counts)
+    turns = np.full((counts.max(), old), FRESH)
+    turns[earlier, source[order]] = order
+    return list(turns)
 
 
 @dataclass(frozen=True)
@@ -195,17 +208,17 @@ class Motion:
         copies = np.flatnonzero(step.map.is_copy)
         if not step.map.spread or not copies.size:
             return even
+        at, source = step.dimension, step.map.source
         key = self.origin.need_key(self.path, step.map.axis)
         bound = jnp.asarray(step.map.spread, dtype)
-        random = jax.random.uniform(key, self.new_shape, dtype, -bound, bound)
-        # With the axis in front: the first copy of a source takes the remainder of the other copies.
-        shares = jnp.moveaxis(even + random, step.dimension, 0)
-        source = step.map.source
-        taken = jnp.zeros((step.map.old, *shares.shape[1:]), dtype)
-        taken = taken.at[source[copies]].add(shares[copies])
-        firsts = ~step.map.is_copy.reshape([-1] + [1] * (shares.ndim - 1))
-        shares = jnp.where(firsts, 1 - taken[np.maximum(source, 0)], shares)
-        return jnp.moveaxis(shares, 0, step.dimension)
+        random = uniform_at(key, self.new_shape, dtype, bound, copies, at)
+        drawn = take(even, copies, at) + random
+        # The first copy of a source takes the remainder of the other copies.
+        turns = _turns(source[copies], step.map.old)
+        taken = functools.reduce(jnp.add, (take(drawn, turn, at) for turn in turns))
+        number = np.where(step.map.is_copy, np.cumsum(step.map.is_copy) - 1, FRESH)
+        is_copy = step.along(step.map.is_copy, len(self.shape))
+        return jnp.where(is_copy, take(drawn, number, at), 1 - take(taken, source, at))
 
     def _noise(self, step: Step, leaf: jax.Array) -> jax.Array:
         noise = jax.random.normal(
@@ -214,14 +227,15 @@ class Motion:
         copies = jnp.asarray(step.along(step.map.is_copy, len(self.shape)), leaf.dtype)
         return noise * copies * (jnp.std(leaf) * step.map.noise)
 
-    def moment(self, leaf: jax.Array, power: int, sibling: jax.Array) -> jax.Array:
+    def moment(self, leaf: jax.Array, power: Power, sibling: jax.Array) -> jax.Array:
         """Return the moments after, of a `power` of the gradient; `sibling` is other leaves' mean."""
+        exponent = power.of_gradient
         new = self.gathered(leaf)
         if self.fresh_moments.any():
             new = jnp.where(self.fresh_moments, self._fresh_moment(leaf, power, sibling), new)
         for step in self.steps:
-            if power and step.role is not Role.STACKED:
-                new = new * jnp.asarray(self._gradient_factor(step) ** power, leaf.dtype)
+            if exponent and step.role is not Role.STACKED:
+                new = new * jnp.asarray(self._gradient_factor(step) ** exponent, leaf.dtype)
         return new
 
     def _gradient_factor(self, step: Step) -> np.ndarray:
@@ -230,9 +244,9 @@ class Motion:
         share = step.map.share if produced else np.ones(step.map.share.shape)
         return step.along(share * step.map.scale, len(self.shape))
 
-    def _fresh_moment(self, leaf: jax.Array, power: int, sibling: jax.Array) -> jax.Array:
-        """Return the moments of fresh entries: zero, or a fraction of a mean second moment."""
-        if power != 2:
+    def _fresh_moment(self, leaf: jax.Array, power: Power, sibling: jax.Array) -> jax.Array:
+        """Return the moments of fresh entries: zero, or a fraction of the mean."""
+        if not power.mean:
             return jnp.zeros((), leaf.dtype)
         if not leaf.size:
             return sibling.astype(leaf.dtype) * self._fresh_nu(leaf.dtype)

@@ -13,9 +13,11 @@ from jax.tree_util import keystr
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.model.named_axes import NamedAxes
-from jaxmorph.morphs.moments import KEEP, PARAMETER, Kind, Path, Place, places
+from jaxmorph.morphs.moments import Kind, Place, places
 from jaxmorph.morphs.motion import Motion
+from jaxmorph.morphs.owners import Path
 from jaxmorph.morphs.report import Line, lines_of
+from jaxmorph.morphs.transforms import KEEP, PARAMETER, SECOND, Power
 
 
 @dataclass(frozen=True)
@@ -34,36 +36,45 @@ class Routes:
 
 
 def moved_state(
-    routes: Routes, state: optax.OptState, target: optax.OptState, fields: Mapping[str, Kind]
-) -> tuple[list[Line], list[jax.Array]]:
-    """Return a report line per leaf of the new state, and the leaves, both in the target's order.
+    routes: Routes,
+    state: optax.OptState,
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    fields: Mapping[str, Kind],
+) -> tuple[list[Line], optax.OptState]:
+    """Return a report line per leaf of the new state, in tree order, and the state.
 
     Args:
       routes: how leaves change.
       state: the state before.
-      target: shapes of the state that the optimizer's `init` returns for the new parameters.
+      optimizer: for the parameters after.
+      params: the parameters after.
       fields: see `apply`.
 
     Raises:
-      InputError: a leaf that no rule covers, or whose new shape would differ from the target's.
+      InputError: a leaf that no rule covers, or whose new shape would differ from the one that the
+        optimizer's `init` gives it.
     """
+    target = jax.eval_shape(optimizer.init, params)
     old = dict(jax.tree_util.tree_leaves_with_path(state))
-    found = places(target, routes.motions.keys(), fields)
+    found = places(optimizer.update, target, routes.motions.keys(), fields)
     wanted = jax.tree.leaves(target)
     if odd := [keystr(path) for path in old.keys() ^ {place.path for place in found}]:
         raise InputError(
             "opt_state", min(odd), None, "the state that this optimizer makes for these parameters"
         )
+    added = any(isinstance(place.kind, Power) and place.kind.added for place in found)
+    begun = jax.tree.leaves(optimizer.init(params)) if added else [jnp.zeros(0)] * len(found)
     siblings = _sibling_means(found, old)
     lines, leaves = [], []
-    for place, shape in zip(found, wanted, strict=True):
-        leaf, fresh = _moved_leaf(routes, place, old, shape, siblings)
+    for place, shape, start in zip(found, wanted, begun, strict=True):
+        leaf, fresh = _moved_leaf(routes, place, old, shape, siblings, start)
         if leaf.shape != shape.shape:
             expected = f"the shape {shape.shape} that the optimizer gives it"
             raise InputError("optimizer state", str(place), leaf.shape, expected)
-        leaves.append(leaf.astype(shape.dtype))
+        leaves.append(leaf if leaf.dtype == shape.dtype else leaf.astype(shape.dtype))
         lines += lines_of(str(place), place.field, shape.shape, fresh)
-    return lines, leaves
+    return lines, jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
 def _moved_leaf(
@@ -72,8 +83,9 @@ def _moved_leaf(
     old: Mapping[Path, jax.Array],
     wanted: jax.ShapeDtypeStruct,
     siblings: Mapping[str, jax.Array],
+    start: jax.Array,
 ) -> tuple[jax.Array, np.ndarray]:
-    """Return one leaf of the new state, and which of its entries are fresh."""
+    """Return one leaf of the new state, and which of its entries are fresh; it began at `start`."""
     leaf, nowhere = old[place.path], np.zeros([1] * wanted.ndim, bool)
     if isinstance(place.kind, NamedAxes):
         motion = routes.declared(place.kind, leaf.shape, f"optimizer state {place}")
@@ -91,10 +103,16 @@ def _moved_leaf(
             expected = "a state without weights if it covers only some layers"
             raise InputError("optimizer state", str(place), None, expected)
         return motion.parameter(leaf), motion.fresh | motion.zero
-    if not factored:
-        sibling = siblings[place.field]
-        return motion.moment(leaf, int(place.kind), sibling), motion.fresh_moments
-    return _moved_factor(motion, place, old, wanted, siblings[place.field])
+    assert isinstance(place.kind, Power)
+    sibling = siblings[place.field]
+    if factored:
+        return _moved_factor(motion, place, old, wanted, sibling)
+    if place.kind.added and start.size:
+        first = start.ravel()[0].astype(leaf.dtype)
+        return motion.moment(
+            leaf - first, place.kind, sibling - first
+        ) + first, motion.fresh_moments
+    return motion.moment(leaf, place.kind, sibling), motion.fresh_moments
 
 
 def _moved_factor(
@@ -108,7 +126,7 @@ def _moved_factor(
     if place.field == "v" and wanted.shape != motion.new_shape:
         return jnp.zeros(wanted.shape, old[place.path].dtype), np.zeros([1] * wanted.ndim, bool)
     parts = (old[place.beside(name)] for name in ("v", "v_row", "v_col"))
-    whole = motion.moment(_unfactored(motion.shape, *parts), 2, sibling)
+    whole = motion.moment(_unfactored(motion.shape, *parts), SECOND, sibling)
     return _factor(motion, place.field, whole, wanted.shape)
 
 
@@ -141,7 +159,7 @@ def _factor(
 def _sibling_means(found: Sequence[Place], old: Mapping[Path, jax.Array]) -> dict[str, jax.Array]:
     """Return the mean entry of each field over all parameters."""
     means = {}
-    for field in {place.field for place in found if isinstance(place.kind, int)}:
+    for field in {place.field for place in found if isinstance(place.kind, Power)}:
         leaves = [old[p.path] for p in found if p.field == field and p.parameter]
         entries = sum(leaf.size for leaf in leaves)
         means[field] = sum(jnp.sum(leaf) for leaf in leaves) / max(1, entries)

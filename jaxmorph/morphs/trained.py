@@ -13,7 +13,8 @@ def trained(*, before: Sequence[int], after: Sequence[int], axis: str = "layer")
     State leaves that mirror a parameter with the axis are slices of it: entry j belongs to layer
     `before[j]`, and after the change to layer `after[j]`. The new entry comes from the layer that layer
     `after[j]` copies, and is fresh if the state did not cover that one. Parameters that the state does
-    not cover at all need nothing.
+    not cover at all need nothing. An optimizer that slices parameters is your own, so `fields` must say
+    how its state moves.
 
     >>> import jax.numpy as jnp, optax
     >>> from jaxmorph import morphs
@@ -24,7 +25,7 @@ def trained(*, before: Sequence[int], after: Sequence[int], axis: str = "layer")
     >>> state = slices([0, 1]).init(params)._replace(trace={"w": jnp.asarray([[5.0], [6.0]])})
     >>> _, state, _ = morphs.apply(
     ...     [morphs.trained(before=[0, 1], after=[1, 3])],
-    ...     {"w": "layer | -> unit"}, params, state, slices([1, 3]),
+    ...     {"w": "layer | -> unit"}, params, state, slices([1, 3]), fields={"trace": 1},
     ... )
     >>> state.trace["w"].tolist()
     [[6.0], [0.0]]

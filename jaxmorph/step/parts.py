@@ -28,14 +28,14 @@ class Parts:
       run_metrics: the metrics of any run; the task has its own.
       make_optimizer: see `optimizer.make_optimizer`.
       optimizer_fields: how fields of the optimizer's state move that the package does not know: the
-        axes of one that mirrors no parameter, else see `morphs.apply`.
+        axes of one that mirrors no parameter, else as `fields` of `morphs.apply`.
     """
 
     task: Task = LANGUAGE_MODELLING
     variables: Mapping[str, Variable] = field(default_factory=lambda: VARIABLES)
     run_metrics: tuple[Metric, ...] = RUN_METRICS
     make_optimizer: MakeOptimizer = make_optimizer
-    optimizer_fields: Mapping[str, int | str | NamedAxes] = field(default_factory=dict)
+    optimizer_fields: Mapping[str, float | str | NamedAxes] = field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -14,7 +14,7 @@ from jaxmorph.cli.errors import InputError
 from jaxmorph.config.mesh import BATCH_AXES, MeshShape
 from jaxmorph.model.named_axes import NamedAxes
 from jaxmorph.model.signatures import Signature
-from jaxmorph.model.tree_paths import field_name, parameter_path
+from jaxmorph.model.tree_paths import declared_for, parameter_path
 from jaxmorph.step.parts import Parts
 from jaxmorph.step.state import TrainState
 
@@ -93,7 +93,7 @@ def shardings_like_parameters(
     mesh: Mesh,
     tree: Any,
     signatures: Mapping[str, Signature],
-    fields: Mapping[str, int | str | NamedAxes] | None = None,
+    fields: Mapping[str, float | str | NamedAxes] | None = None,
 ) -> Any:
     """Return the sharding of every leaf of a pytree that mirrors parameters.
 
@@ -104,12 +104,12 @@ def shardings_like_parameters(
       mesh: the device mesh.
       tree: a pytree of arrays or ShapeDtypeStructs.
       signatures: signature by parameter path.
-      fields: the axes of leaves that mirror no parameter, by field.
+      fields: the axes of leaves that mirror no parameter, by field; see `morphs.apply`.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         signature = signatures.get(parameter_path(path))
-        declared = (fields or {}).get(field_name(path))
+        declared = declared_for(path, fields or {})
         if isinstance(declared, NamedAxes):
             return axes_sharding(mesh, declared.names, leaf.shape)
         axes = signature.axes if signature else ()

@@ -96,11 +96,17 @@ def function_delta(
 
 
 def _in_float32(config: ModelConfig) -> ModelConfig:
+    """Return an architecture in float32 or wider, with its layers scanned.
+
+    Unrolled, all layers' slices of the stacked weights would be in memory at once.
+    """
     dtype = str(wide_dtype(jnp.dtype(config.dtype)))
     attention = "auto" if config.attention == "cudnn" else config.attention
-    return dataclasses.replace(config, dtype=dtype, attention=attention)
+    return dataclasses.replace(config, dtype=dtype, attention=attention, scan_layers="scan")
 
 
 def _all_finite(tree: Any) -> jax.Array:
+    """Return whether all entries are finite; the extremes tell, and need no mask in memory."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+    extremes = [extreme(leaf) for leaf in floats if leaf.size for extreme in (jnp.min, jnp.max)]
+    return jnp.all(jnp.isfinite(jnp.stack(extremes)))

@@ -334,8 +334,8 @@ def _with_state(make):
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        (optax.novograd(1e-2), ["ScaleByNovogradState", "novograd keeps one second moment"]),
-        (optax.sm3(1e-2), ["ScaleBySM3State", "sm3 keeps bounds"]),
+        (optax.novograd(1e-2), ["scale_by_novograd", "one second moment per array", "fields={"]),
+        (optax.sm3(1e-2), ["scale_by_sm3", "keeps bounds", "fields={"]),
         (optax.contrib.prodigy(1e-2), [".exp_avg", "'exp_avg'", "gain", "fields={"]),
         (optax.contrib.mechanize(optax.sgd(1e-2)), [".r", "fields={"]),
         (_with_state(lambda p: {"mine": p}), ["['mine']['gain']", "rule"]),

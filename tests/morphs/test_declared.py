@@ -101,7 +101,7 @@ def test_a_field_that_mirrors_no_parameter_moves_by_the_axes_declared_for_it():
     state: Any = optimizer.init(PARAMS)
     state = (state[0], state[1]._replace(status=jnp.asarray(PER_HEAD, jnp.int32)))
     changes = [morphs.widen("head", to=6, recipe="fresh"), morphs.deepen(to=3)]
-    fields: Any = {"status": NamedAxes("layer head", fresh=5)}
+    fields: Any = {"status": NamedAxes("layer head", fresh=5), "trace": 0}
     params, moved, report = _apply(changes, state, optimizer, fields=fields, key=jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(moved, optimizer.init(params))
     expected = np.pad(PER_HEAD, [(0, 0), (0, 2)], constant_values=5)[[0, 1, 0]]
@@ -116,6 +116,16 @@ def test_a_field_that_mirrors_no_parameter_moves_by_the_axes_declared_for_it():
     ("fields", "words"),
     [
         ({"statsu": NamedAxes("layer head")}, ["fields", "'statsu'", "did you mean 'status'"]),
+        ({"[1].trace": 1}, ["fields", "'[1].trace'", "did you mean '[0].trace'"]),
+        ({"trace": "1"}, ["fields: trace", "got '1'", "a finite number"]),
+        ({"trace": True}, ["fields: trace", "got True", "a finite number"]),
+        ({"trace": float("inf")}, ["fields: trace", "got inf", "a finite number"]),
+        ({"trace": None}, ["fields: trace", "a finite number"]),
+        ({"trace": "paramter"}, ["fields: trace", "did you mean 'parameter'"]),
+        ({"status": 1}, ["fields: status", "got 1", "not shaped like the parameters"]),
+        ({"status": "parameter"}, ["fields: status", "not shaped like the parameters"]),
+        ({"status": "keep"}, ["[0].status", "(2, 4)", "(3, 4)"]),
+        ({"trace": 1}, ["[0].status", "pass fields={'status': ...}"]),
         ({"status": NamedAxes("layer width")}, ["[0].status", "(2, 4)", "(2, 3)", "layer width"]),
         ({"status": NamedAxes("layer")}, ["[0].status", "(2, 4)", "'layer'"]),
         ({"status": NamedAxes("layer haed")}, ["'haed'", "did you mean 'head'"]),
@@ -125,9 +135,23 @@ def test_declarations_that_do_not_fit_are_refused(fields, words):
     optimizer = optax.chain(_ages())
     state: Any = optimizer.init(PARAMS)
     with pytest.raises(morphs.InputError) as raised:
-        _apply([morphs.deepen(to=3)], state, optimizer, fields=fields)
+        _apply([morphs.deepen(to=3)], state, optimizer, fields={"trace": 1} | fields)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_a_field_is_declared_by_its_place_where_its_name_is_not_enough():
+    optimizer = optax.chain(optax.trace(0.9), optax.stateless(lambda u, _: u), optax.trace(0.5))
+    state = jax.tree.map(jnp.ones_like, optimizer.init(PARAMS))
+    change = [morphs.widen("head", to=8, recipe="even")]
+    with pytest.raises(morphs.InputError, match=r"\[2\]\.trace"):
+        _apply(change, state, optimizer)
+    _, moved, _ = _apply(change, state, optimizer, fields={"[2].trace": 2})
+    assert float(moved[0].trace["value"][0, 0, 0]) == 0.5  # by its rule
+    assert float(moved[2].trace["value"][0, 0, 0]) == 0.25
+    _, moved, _ = _apply(change, state, optimizer, fields={"[2].trace": 2, "trace": 0})
+    assert float(moved[0].trace["value"][0, 0, 0]) == 1
+    assert float(moved[2].trace["value"][0, 0, 0]) == 0.25
 
 
 def test_an_array_without_the_axis_that_rows_are_over_is_refused_by_name():
