@@ -72,7 +72,7 @@ def _check(command: Sample) -> None:
 
 def _sample(command: Sample) -> int:
     _check(command)
-    from jaxmorph.data.tokenization import Tokenizer
+    from jaxmorph.data.tokenization import from_json
     from jaxmorph.model.sampling import generate
 
     run_dir = Path(command.run_dir)
@@ -80,7 +80,7 @@ def _sample(command: Sample) -> int:
     saved = run_dir / "tokenizer.json"
     if not saved.is_file():
         raise InputError(str(saved), "", None, "the run's tokenizer")
-    tokenizer = Tokenizer.from_json(read_text(saved, _LARGEST_TOKENIZER), str(saved))
+    tokenizer = from_json(read_text(saved, _LARGEST_TOKENIZER), str(saved))
     prompt = [int(token) for token in tokenizer.encode(command.prompt)]
     tokens = generate(
         config,

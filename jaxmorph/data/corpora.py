@@ -1,6 +1,6 @@
-"""Input formats: text documents, split into training and validation; nanoGPT's .bin files.
+"""Input formats of text: documents, split into training and validation.
 
-Files are never written. Text is held in memory; .bin files are memory-mapped.
+Files are never written. Each is read into memory once; nothing here holds a second copy.
 """
 
 from __future__ import annotations
@@ -12,13 +12,21 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import BinaryIO
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.printing import named, say, sentence
 from jaxmorph.config.settings import STDLIB
+from jaxmorph.data.pieces import Text, byte_of_character, count_characters
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# The marks of encodings that are not read. That of UTF-32 (little-endian) begins with one of UTF-16's.
+_OTHER_MARKS = {
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -27,7 +35,7 @@ class Documents:
     """UTF-8 documents in a fixed order, each with the name that determines its split."""
 
     names: list[str]
-    documents: list[bytes]
+    documents: list[Text]
 
     def digest(self) -> str:
         """Return the SHA-256 of all names and documents."""
@@ -42,8 +50,8 @@ class Documents:
 class Split:
     """Training and validation text."""
 
-    train: list[bytes]
-    val: list[bytes]
+    train: list[Text]
+    val: list[Text]
     separate: bool  # whether each is followed by an end of document
 
 
@@ -105,9 +113,9 @@ def _read_files(root: Path, paths: list[Path]) -> tuple[Documents, list[str]]:
     text, skipped = Documents([], []), []
     for path in paths:
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-        content = path.read_bytes()
+        content = _without_mark(path.read_bytes())
         try:
-            content.decode("utf-8")
+            count_characters(content)
         except UnicodeDecodeError:
             skipped.append(name)
             continue
@@ -117,24 +125,50 @@ def _read_files(root: Path, paths: list[Path]) -> tuple[Documents, list[str]]:
     return text, skipped
 
 
-def _utf8(path: Path) -> bytes:
+def _without_mark(content: bytes) -> Text:
+    """Return the text after its byte-order mark, if it begins with one."""
+    marked = content.startswith(_BYTE_ORDER_MARK)
+    return memoryview(content)[len(_BYTE_ORDER_MARK) :] if marked else content
+
+
+def _utf8(path: Path) -> Text:
     content = path.read_bytes()
+    _refuse_other_encodings(path, content)
+    text = _without_mark(content)
     try:
-        content.decode("utf-8")
+        count_characters(text)
     except UnicodeDecodeError as error:
-        place = f"byte {error.start}"
+        place = f"byte {error.start + len(content) - len(text)}"
         raise InputError(str(path), place, None, f"UTF-8 text ({error.reason})") from None
-    return content
+    return text
+
+
+def _refuse_other_encodings(path: Path, start: bytes) -> None:
+    for mark, encoding in _OTHER_MARKS.items():
+        if start.startswith(mark):
+            expected = (
+                f"UTF-8 text (it begins with the byte-order mark of {encoding}; "
+                f"iconv -f {encoding} -t UTF-8 converts it)"
+            )
+            raise InputError(str(path), "", None, expected)
 
 
 def _read_jsonl(path: Path) -> Documents:
+    with path.open("rb") as file:
+        _refuse_other_encodings(path, file.peek(4)[:4])
+        return _read_lines(path, file)
+
+
+def _read_lines(path: Path, lines: BinaryIO) -> Documents:
     text = Documents([], [])
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
-            document = content["text"].encode("utf-8")
+            content = json.loads(line.decode("utf-8"))
+            document = content["text"].removeprefix("\ufeff").encode("utf-8")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             got = line[:60].decode("utf-8", errors="replace")
             expected = 'a JSON object with a "text" string, in valid Unicode'
@@ -152,9 +186,9 @@ def split_documents(text: Documents, val_fraction: float) -> Split:
     bytes; if none does, the smallest. A single text is cut at a character, as nanoGPT does.
     """
     if len(text.documents) == 1:
-        whole = text.documents[0].decode("utf-8")
-        cut = int(len(whole) * (1 - val_fraction))
-        return Split([whole[:cut].encode()], [whole[cut:].encode()], separate=False)
+        whole = memoryview(text.documents[0])
+        cut = byte_of_character(whole, int(count_characters(whole) * (1 - val_fraction)))
+        return Split([whole[:cut]], [whole[cut:]], separate=False)
     held_out = _held_out(text, val_fraction)
     train = [d for i, d in enumerate(text.documents) if i not in held_out]
     return Split(train, [text.documents[i] for i in sorted(held_out)], separate=True)
@@ -170,30 +204,3 @@ def _held_out(text: Documents, val_fraction: float) -> set[int]:
             chosen.add(i)
             missing -= sizes[i]
     return chosen or {min(range(len(sizes)), key=sizes.__getitem__)}
-
-
-def bin_files(path: Path) -> list[Path]:
-    """Return the nanoGPT files of `path`: training and validation, one to split, or none.
-
-    A folder with train.bin and val.bin means both, and so does its train.bin.
-    """
-    if path.is_dir():
-        pair = [path / "train.bin", path / "val.bin"]
-        return pair if all(p.is_file() for p in pair) else []
-    if path.suffix != ".bin" or not path.is_file():
-        return []
-    sibling = path.with_name("val.bin")
-    return [path, sibling] if path.name == "train.bin" and sibling.is_file() else [path]
-
-
-def map_bin(path: Path) -> np.ndarray:
-    """Return a nanoGPT file memory-mapped: [tokens] uint16, little-endian.
-
-    Raises:
-      InputError: not an integer number of ids, or none.
-      OSError: it cannot be read.
-    """
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise InputError(str(path), "", size, "uint16 ids: an even number of bytes, not 0")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r"))

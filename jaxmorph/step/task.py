@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmorph.data.examples import ExampleStream, validation_batches
+from jaxmorph.data.token_files import Tokens
 from jaxmorph.model import gpt
 from jaxmorph.model.measures import Mean, Measures
 from jaxmorph.step.metrics import LM_METRICS, Metric
@@ -32,21 +32,21 @@ class Stream(Protocol):
 
 
 class MakeStream(Protocol):
-    """Make the stream of training examples from tokens [tokens]."""
+    """Make the stream of training examples from tokens [tokens], an array or a file of ids."""
 
-    def __call__(self, tokens: np.ndarray, *, seq_len: int, seed: int) -> Stream:
+    def __call__(self, tokens: Tokens, *, seq_len: int, seed: int) -> Stream:
         """Return the stream."""
         ...
 
 
 class MakeValidation(Protocol):
-    """Make the validation batches, the same ones each time, from tokens [tokens].
+    """Make the validation batches, the same ones each time, from tokens [tokens] as `MakeStream`.
 
     The first has as many examples as any; the last may have fewer.
     """
 
     def __call__(
-        self, tokens: np.ndarray, *, seq_len: int, batch_size: int, n_batches: int
+        self, tokens: Tokens, *, seq_len: int, batch_size: int, n_batches: int
     ) -> list[Batch]:
         """Return the batches."""
         ...

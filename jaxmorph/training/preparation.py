@@ -16,7 +16,7 @@ from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.sources import Sources
-from jaxmorph.data.examples import TokenizedCorpus, load_tokens
+from jaxmorph.data.loading import TokenizedCorpus, load_tokens
 from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.summary import describe
 from jaxmorph.model.architecture import parameter_count

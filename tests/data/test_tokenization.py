@@ -5,15 +5,9 @@ import pytest
 import tokenizers
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.data import tokenization
-from jaxmorph.data.tokenization import (
-    END_OF_TEXT,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from jaxmorph.data.plain_tokenizers import ByteTokenizer, CharTokenizer, token_dtype
+from jaxmorph.data.subword import END_OF_TEXT, train_bpe
+from jaxmorph.data.tokenization import from_json, load_tokenizer
 
 TEXT = (
     "Ünïcödé — 日本語, emoji 🙂; tabs\tand\n\n  blank lines\r\n" + "the cat sat on the mat\n" * 20
@@ -57,7 +51,7 @@ def test_text_comes_back_whole(tokenizer):
     for text in (TEXT, TEXT[:1], ""):
         ids = tokenizer.encode(text)
         assert ids.ndim == 1
-        assert ids.dtype == tokenization.token_dtype(tokenizer.vocab_size)
+        assert ids.dtype == token_dtype(tokenizer.vocab_size)
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(ids.tolist()) == text
         np.testing.assert_array_equal(ids, tokenizer.encode(text.encode()))
@@ -65,7 +59,7 @@ def test_text_comes_back_whole(tokenizer):
 
 
 def test_json_keeps_everything(tokenizer):
-    again = Tokenizer.from_json(tokenizer.to_json())
+    again = from_json(tokenizer.to_json())
     assert type(again) is type(tokenizer)
     assert again.to_json() == tokenizer.to_json()
     assert again.vocab_size == tokenizer.vocab_size
@@ -128,7 +122,7 @@ def test_bpe_training_repeats_itself():
 def test_text_cannot_spell_the_end_of_a_document(kind):
     built = train_bpe([TEXT.encode()], 300) if kind == "bpe" else load_tokenizer(kind)
     text = f"one{END_OF_TEXT}two"
-    for each in (built, Tokenizer.from_json(built.to_json())):
+    for each in (built, from_json(built.to_json())):
         ids = each.encode(text)
         assert each.end_of_document is not None
         assert each.end_of_document not in ids
@@ -136,21 +130,9 @@ def test_text_cannot_spell_the_end_of_a_document(kind):
         assert each.decode([each.end_of_document]) == END_OF_TEXT
 
 
-def test_long_text_in_pieces_is_as_in_one(monkeypatch):
-    gpt2 = load_tokenizer("gpt2")
-    assert isinstance(gpt2, tokenization.SubwordTokenizer)
-    text = "".join(f"word {i}\n" + "\n" * (i % 3) + " " * (i % 2) for i in range(300))
-    whole = gpt2.library_tokenizer.encode(text).ids
-    monkeypatch.setattr(tokenization, "_PIECE", 50)
-    monkeypatch.setattr(tokenization, "_PIECES_AT_ONCE", 3)
-    assert gpt2.encode(text).tolist() == whole
-    joined = gpt2.encode_documents([text.encode(), b"", b"x"], separate=True).tolist()
-    assert joined == [*whole, 50256, 50256, 87, 50256]
-
-
 def test_vocabulary_size_is_the_highest_id_plus_one():
     model = tokenizers.models.WordLevel({"a": 0, "[UNK]": 7}, unk_token="[UNK]")
-    assert Tokenizer.from_json(tokenizers.Tokenizer(model).to_str()).vocab_size == 8
+    assert from_json(tokenizers.Tokenizer(model).to_str()).vocab_size == 8
 
 
 @pytest.mark.parametrize(
@@ -163,11 +145,11 @@ def test_vocabulary_size_is_the_highest_id_plus_one():
         (lambda path: load_tokenizer("gtp2"), ["--tokenizer", "'gtp2'", "'gpt2'"]),
         (lambda path: load_tokenizer("bpe"), ["--tokenizer", "'bpe'"]),
         (lambda path: load_tokenizer(str(path)), ["--tokenizer"]),  # a folder
-        (lambda path: Tokenizer.from_json("{", where="f.json"), ["f.json", "tokenizer.json"]),
-        (lambda path: Tokenizer.from_json("[]", where="f.json"), ["f.json", "list"]),
-        (lambda path: Tokenizer.from_json("{}", where="f.json"), ["f.json"]),
-        (lambda path: Tokenizer.from_json("[" * 100_000, where="f.json"), ["f.json"]),
-        (lambda path: Tokenizer.from_json('{"jaxmorph_tokenizer": 1}'), ["kind"]),
+        (lambda path: from_json("{", where="f.json"), ["f.json", "tokenizer.json"]),
+        (lambda path: from_json("[]", where="f.json"), ["f.json", "list"]),
+        (lambda path: from_json("{}", where="f.json"), ["f.json"]),
+        (lambda path: from_json("[" * 100_000, where="f.json"), ["f.json"]),
+        (lambda path: from_json('{"jaxmorph_tokenizer": 1}'), ["kind"]),
     ],
 )
 def test_bad_input_is_named(tmp_path, attempt, parts):
