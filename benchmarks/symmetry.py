@@ -10,7 +10,9 @@ with the standard error of these paired differences, and the largest change of t
 
 Recipes: `small` (no operation), `even`, `noise-X` (X standard deviations), `split-X` (half-width X of
 the shares), `fresh-X` (second moments begin at X means of their leaf's) and `big`, which is large from
-the start: an MLP of that width, or, as heads keep their size, heads added by recipe `fresh` at step 0.
+the start: an MLP of that width, or, as heads keep their size, what recipe `fresh` (of heads) or
+`split` (of the residual stream) makes of the model at step 0. An operation leaves out recipes that it
+does not have.
 With --folder the runs are kept there, and the same command goes on where it was interrupted.
 """
 
@@ -36,12 +38,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmorph import train
+from jaxmorph.growth.operations import OPERATIONS as TABLE
 
 SIZES = {
     **{"n_layers": 2, "d_model": 64, "n_heads": 4, "d_ff": 64, "seq_len": 64, "batch_size": 16},
     **{"narrow_steps": 400, "wide_steps": 600, "eval_iters": 100},
 }
-OPERATIONS = ("widen_mlp", "widen_heads")
+OPERATIONS = ("widen_mlp", "widen_heads", "widen_embed")
 RECIPES = (
     "small",
     "even",
@@ -99,7 +102,8 @@ class Bench(NamedTuple):
         if operation == "widen_mlp":
             flags = {"d_ff": round(self.arguments.d_ff * self.arguments.factor)}
         else:
-            schedule = self._schedule(operation, {"recipe": "fresh"}, trigger_loss=ANY_LOSS)
+            recipe = "fresh" if "fresh" in recipes_of(operation) else "split"
+            schedule = self._schedule(operation, {"recipe": recipe}, trigger_loss=ANY_LOSS)
             flags = {"scaling_schedule_file": schedule}
         return self._train(operation, BIG, seed, flags)
 
@@ -156,6 +160,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def recipes_of(operation: str) -> tuple[str, ...]:
+    """Return the recipes an operation has."""
+    return TABLE[operation].options["recipe"].choices
+
+
 def recipe_options(recipe: str) -> dict[str, Any]:
     """Return a recipe of the command line as a schedule's options."""
     name, _, amount = recipe.partition("-")
@@ -171,7 +180,7 @@ def train_all(bench: Bench) -> list[Result]:
             for recipe in arguments.recipes:
                 if recipe == BIG:
                     results.append(bench.big(operation, seed))
-                elif recipe != SMALL:
+                elif recipe.partition("-")[0] in recipes_of(operation):
                     results.append(bench.widened(operation, recipe, seed))
     return results
 
@@ -247,9 +256,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default="stdlib", help="as of jaxmorph.train; default: stdlib")
     add("--factor", type=float, default=2.0, help="of the operation; default: 2")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    add(
-        "--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: both"
-    )
+    add("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="default: all")
     add("--recipes", nargs="+", type=_recipe, default=[*RECIPES, BIG],
         help=f"small is always among them; default: {' '.join(RECIPES)} {BIG}")  # fmt: skip
     add("--folder", type=Path, help="keep the runs there, and go on with those that are")

@@ -67,7 +67,7 @@ class Morph:
     """
 
     name: str
-    value: float | int | None
+    value: Any
     axis: str
     source: list[int]
     policy: Policy
@@ -123,7 +123,11 @@ MORPHS = [
     Morph("stack_layers", 2, "layer", _DEEP, "silent", options={"recipe": "identity"}),
     Morph("stack_layers", 2, "layer", [0, 0, 1, 1], "masked",
           options={"recipe": "masked", "order": "interleave", "anneal_steps": 4}),
+    Morph("stack_layers", [0, 1, 1], "layer", [0, 1, 1], "copied"),
+    Morph("set_n_layers", 3, "layer", _again(LAYERS, 3), "silent", mesh="fsdp=2",
+          options={"recipe": "identity"}),
     Morph("widen_mlp", 1.5, "mlp", _WIDE, "mean share", mesh="tensor=2"),
+    Morph("set_d_ff", 24, "mlp", _WIDE, "shared", options={"recipe": "even"}, mesh="tensor=2"),
     Morph("widen_mlp", 1.5, "mlp", _WIDE, "shared", options={"recipe": "even"}),
     Morph("widen_mlp", 1.5, "mlp", _WIDE, "copied", options={"recipe": "noise", "noise": 0.5}),
     Morph("widen_mlp", 1.5, "mlp", _begun(HIDDEN, 24), "begun", options={"recipe": "fresh"}),
@@ -132,7 +136,10 @@ MORPHS = [
     Morph("widen_heads", 1.5, "head", _SPREAD, "copied",
           options={"recipe": "noise", "noise": 0.5}),
     Morph("widen_heads", 1.5, "head", _begun(HEADS, 3), "begun", options={"recipe": "fresh"}),
-    Morph("widen_embed", 2, "embed", _again(WIDTH, 16), "shared", mesh="fsdp=2"),
+    Morph("set_n_heads", 3, "head", _SPREAD, "shared", options={"recipe": "even"}, mesh="fsdp=2"),
+    Morph("widen_embed", 2, "embed", _again(WIDTH, 16), "mean share", mesh="fsdp=2"),
+    Morph("set_d_model", 16, "embed", _again(WIDTH, 16), "shared", options={"recipe": "even"},
+          mesh="tensor=2"),
     Morph("change_seq_len", 0.5, "position", [*range(4)], "copied", mesh="data=2"),
     Morph("set_seq_len", 4, "position", [*range(4)], "copied", mesh="fsdp=2"),
     Morph("set_seq_len", 12, "position", [], "shared", base="frozen"),
@@ -140,6 +147,9 @@ MORPHS = [
     Morph(_ATTN, 0.5, "attn_rank", _SMALLER, "renewed", _SMALLER_NU, base="frozen"),
     Morph(_VOCAB, 1.5, "vocab_rank", _LARGER, "begun", _LARGER_NU, base="frozen"),
     Morph(_VOCAB, 0.5, "vocab_rank", _SMALLER, "renewed", _SMALLER_NU, mesh="tensor=2"),
+    Morph("set_attn_lora_rank", 2, "attn_rank", _SMALLER, "renewed", (0.0, 0.0),
+          {"merge_first": True}, mesh="tensor=2"),
+    Morph("set_vocab_lora_rank", 6, "vocab_rank", _LARGER, "begun", _LARGER_NU, mesh="fsdp=2"),
     Morph("merge_lora_weights", None, "", [-1] * RANK, "renewed", (0.0, 0.0), mesh="fsdp=2"),
     Morph("merge_lora_weights", None, "", [-1] * RANK, "renewed", (0.0, 0.0), base="frozen"),
 ]  # fmt: skip
@@ -174,7 +184,8 @@ def documented_moments(
 
 def _loses(case: Morph) -> bool:
     """Whether it is a smaller rank, which cannot keep the function."""
-    return case.policy == "renewed" and case.value is not None
+    merged = case.value is None or case.options.get("merge_first")
+    return case.policy == "renewed" and not merged
 
 
 def _how(case: Morph, signature: Signature, origin: int, first: bool) -> str:

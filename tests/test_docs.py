@@ -18,10 +18,12 @@ from small_models import shape_of, small_config, small_tokens
 from test_layers import RULES
 
 from jaxmorph import evaluate, plot
-from jaxmorph.config.fields import fields_of
+from jaxmorph.cli.errors import InputError
+from jaxmorph.config.fields import fields_of, values_of
 from jaxmorph.config.mesh import parse_mesh
 from jaxmorph.config.resolve import resolve
 from jaxmorph.config.settings import Settings
+from jaxmorph.growth.foreign import FOREIGN_OPERATIONS
 from jaxmorph.growth.operations import OPERATIONS
 from jaxmorph.growth.plan import make_plan
 from jaxmorph.growth.schedule import load_schedule
@@ -43,7 +45,8 @@ from jaxmorph.training.tables import Tables
 from jaxmorph.training.turns import TURNS, Turn
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+COMING_FROM = "docs/coming_from.md"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", COMING_FROM)
 every_document = pytest.mark.parametrize("document", DOCUMENTS)
 README = (ROOT / "README.md").read_text()
 
@@ -81,6 +84,7 @@ def test_tables_of_folders_are_the_rules(document):
 def test_files_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
     not_ours = {"utils.py", "my_train.py", "morphs/gpt/restart.py"}
+    not_ours |= {"config/train_shakespeare_char.py", "sample.py"}  # nanoGPT's
     for name in set(re.findall(r"[\w./]+\.py\b", text)) - not_ours:
         if not re.search(r"[A-Z]{2}", name):  # else it stands for a name
             places = [base / name for base in (ROOT, ROOT / "jaxmorph", ROOT / "benchmarks")]
@@ -99,13 +103,15 @@ def test_links_of_a_document_lead_somewhere(document):
         assert not anchor or anchor in anchors, f"{document}: {target}"
 
 
-def test_flags_that_readme_names_exist():
+@pytest.mark.parametrize("document", ["README.md", COMING_FROM])
+def test_flags_that_a_document_names_exist(document):
     commands = (plot.Schedule, plot.Run, plot.Report, evaluate.Sample)
     known = {*fields_of(Settings), "config", "help", "help_operations"}
     known |= {field.name for command in commands for field in dataclasses.fields(command)}
     known |= {f"no_{name}" for name in known}
     others = {"check", "xla_force_host_platform_device_count"}  # of ruff and of XLA
-    assert set(re.findall(r"--([a-z]\w+)", README)) - others <= known
+    named = set(re.findall(r"--([a-z]\w+)", (ROOT / document).read_text()))
+    assert named - others <= known
 
 
 def test_readme_names_every_operation_scheduler_optimizer_and_config():
@@ -113,6 +119,76 @@ def test_readme_names_every_operation_scheduler_optimizer_and_config():
     configs = [f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")]
     for name in (*OPERATIONS, *SCHEDULERS, *optimizers, *configs):
         assert f"`{name}`" in README, name
+
+
+def rows_of(document: str, section: str) -> list[list[str]]:
+    """The cells of the tables below a title of the second level."""
+    [text] = re.findall(
+        rf"^## {section}$(.*?)(?=^## |\Z)", (ROOT / document).read_text(), re.M | re.S
+    )
+    return [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+
+
+def test_configs_of_coming_from_resolve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("text")
+    nano, face = (b for b in blocks(COMING_FROM, "yaml") if "batch_size" in b)
+    for name, block in (("nano.yaml", nano), ("face.yaml", face)):
+        (tmp_path / name).write_text(block)
+    found = values_of(resolve(["--config", "nano.yaml"])[0])
+    names = ("tokenizer", "biases", "seq_len", "batch_size", "max_steps", "beta2", "grad_clip")
+    assert [found[name] for name in names] == ["char", False, 256, 64, 5000, 0.99, 1.0]
+    found = values_of(resolve(["--config", "face.yaml"])[0])
+    [arguments] = (b for b in blocks(COMING_FROM, "python") if "TrainingArguments" in b)
+    call: Any = ast.parse(arguments.strip(), mode="eval").body
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert given.pop("output_dir") == "runs/small"
+    table = {row[0]: row[1] for row in rows_of(COMING_FROM, "Hugging Face Trainer")}
+    for name, value in given.items():
+        [cells] = [cells for left, cells in table.items() if f"`{name}`" in left]
+        flags = re.findall(r"--(\w+)", cells)
+        assert value in [found[flag] for flag in flags], name
+
+
+def test_schedules_of_coming_from_are_what_they_say(tmp_path):
+    [theirs] = blocks(COMING_FROM, "json")
+    [ours] = (block for block in blocks(COMING_FROM, "yaml") if "stack_layers" in block)
+    path = tmp_path / "ours.yaml"
+    path.write_text(ours)
+    flags = ["--n_layers", "2", "--d_model", "768", "--n_heads", "12", "--d_ff", "1536"]
+    flags += ["--vocab_lora_rank_divisor", "24", "--scaling_schedule_file", str(path)]
+    plan = make_plan(resolve(flags)[0], None)
+    end = plan.stages[-1].shape.model
+    assert (end.n_layers, end.d_ff, end.vocab_lora_rank) == (4, 3072, 64)
+    assert [stage.exact for stage in plan.stages] == [True] * 5
+    rows = json.loads(theirs)
+    assert [row["value"] for row in rows] == [
+        list(one.value) if isinstance(one.value, tuple) else one.value for one in plan.entries
+    ]
+    for row, one in zip(rows, plan.entries, strict=True):
+        pair = (row["trigger_loss"] or None, row["max_wait_iters"] or None)
+        assert pair == (one.trigger_loss, one.max_wait_iters)
+    path = tmp_path / "schedule.json"
+    path.write_text(
+        json.dumps([rows[0] | {"name": "set_layer_lora_rank", "value": ["attn.3", 16]}])
+    )
+    with pytest.raises(InputError) as refused:
+        load_schedule(path)
+    [shown] = (block for block in blocks(COMING_FROM, "text") if "set_layer_lora_rank" in block)
+    assert f"error: {str(refused.value).replace(f'{tmp_path}/', '')}\n" == shown
+
+
+def test_operations_of_coming_from_are_those_that_are_refused_with_a_hint():
+    text = (ROOT / COMING_FROM).read_text()
+    for name in FOREIGN_OPERATIONS:
+        assert f"`{name}`" in text, name
+    there = {
+        w
+        for row in rows_of(COMING_FROM, "nano_gpt's scaling schedules")
+        for w in re.findall(r"`(\w+)", row[1])
+    }
+    operations = {w for w in there if w.startswith(("set_", "change_", "widen_", "stack_"))}
+    assert operations <= set(OPERATIONS)
 
 
 def test_readmes_schedule_can_be_read(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_MOST_LISTED = 16
+
 
 def short(number: float, units: str = "kMBT") -> str:
     """Return 12,345,678 as "12.3M"; `units` are the letters for 10^3, 10^6, …"""
@@ -30,6 +32,14 @@ def duration(seconds: float) -> str:
 def repeatable(factor: float) -> str:
     """Return a factor as text that parses back exactly; 2.0 as 2."""
     return repr(int(factor)) if factor == int(factor) else repr(factor)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Return integers as "[0, 0, 1, 1]"; of more than 16, the first and the last, and how many."""
+    if len(numbers) <= _MOST_LISTED:
+        return f"[{', '.join(map(str, numbers))}]"
+    first, last = (", ".join(map(str, part)) for part in (numbers[:4], numbers[-4:]))
+    return f"[{first}, …, {last}] ({len(numbers)})"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, indent: int = 2, gap: int = 2) -> list[str]:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.text_file import read_text
-from jaxmorph.cli.wording import aligned, repeatable, short, short_flops
+from jaxmorph.cli.wording import aligned, short, short_flops
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.growth.plan import Stage
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.growth.triggers import LossTrend, Reason, due
+from jaxmorph.growth.values import shown
 from jaxmorph.model.architecture import (
     flops_per_token,
     parameter_count,
@@ -94,14 +95,13 @@ def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
         if (entry := stage.entry) is None:
             rows.append((str(stage.number), "the start", "at step 0", "yes", "-"))
             continue
-        value = "" if entry.value is None else f" {repeatable(entry.value)}"
-        chosen = "".join(f" {name}={given}" for name, given in entry.options.items())
+        chosen = "".join(f" {name}={shown(given)}" for name, given in entry.options.items())
         compiles, function = "yes" if stage.recompiles else "no", "yes" if stage.exact else "no"
         again = ", re-evaluates" if entry.reevaluate else ""
         rows.append(
             (
                 str(stage.number),
-                f"{entry.name}{value}{chosen}",
+                f"{entry.title}{chosen}",
                 _trigger(entry) + again,
                 compiles,
                 function,

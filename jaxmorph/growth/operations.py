@@ -6,65 +6,28 @@ An operation is data: a name and a value. Its effect on the sizes of a run is he
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxmorph.cli.errors import nearest
 from jaxmorph.cli.wording import aligned
-from jaxmorph.config.run_shape import OperationError, RunShape, check_number
+from jaxmorph.config.run_shape import OperationError, RunShape
 from jaxmorph.config.settings import LARGEST_COUNT, Within
 from jaxmorph.growth import changes
 from jaxmorph.growth.changes import Change, MultipliedCount, Options
+from jaxmorph.growth.values import Option, Value
 
-_ANY = Within()
 _MOST = 1e6  # the largest factor allowed
 
 
-def _always_kept(shape: RunShape, value: Any, options: Options) -> bool:
+def _kept(before: RunShape, after: RunShape, options: Options) -> bool:
     return True
 
 
-def _never_kept(shape: RunShape, value: Any, options: Options) -> bool:
-    return False
-
-
-@dataclass(frozen=True)
-class Value:
-    """The values an operation accepts: a `kind` of number within a range; None: null."""
-
-    words: str
-    kind: type | None
-    within: Within = _ANY
-
-    def __str__(self) -> str:
-        return f"{self.words} {self.within}" if self.kind else "null"
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of an operation, given under `options` of an entry.
-
-    Args:
-      default: its default.
-      effect: what it does, in a few words.
-      choices: the words it accepts; empty for a number.
-      within: the range of a number.
-      only: the option, and its value, that this one requires; None: it always applies.
-    """
-
-    default: Any
-    effect: str
-    choices: tuple[str, ...] = ()
-    within: Within = _ANY
-    only: tuple[str, str] | None = None
-
-    def __str__(self) -> str:
-        kind = "whole number" if isinstance(self.default, int) else "number"
-        takes = " | ".join(self.choices) if self.choices else f"{kind} {self.within}"
-        default = f"{self.default:g}" if isinstance(self.default, float) else self.default
-        where = f", with {self.only[0]} {self.only[1]}" if self.only else ""
-        return f"{takes} (default {default}{where}): {self.effect}"
+def _kept_unless_changed(before: RunShape, after: RunShape, options: Options) -> bool:
+    return before == after
 
 
 @dataclass(frozen=True)
@@ -78,7 +41,8 @@ class Operation:
       effect: what it does, in a sentence.
       change: returns the shape after it, given a checked value and all options.
       keeps: in words, whether it preserves the function, up to rounding.
-      exact: the same, for a shape, a value and all options.
+      exact: the same, for the shapes before and after, and all options.
+      loss: what is lost where it does not, and the way to keep it, for a warning; "": no warning.
       recompiles: whether it may need new step and evaluation programs.
       options: by name.
       ranks: names of adapter ranks in ModelConfig; at least one of them must not be 0.
@@ -90,7 +54,8 @@ class Operation:
     effect: str
     change: Change
     keeps: str = "yes"
-    exact: Callable[[RunShape, Any, Options], bool] = _always_kept
+    exact: Callable[[RunShape, RunShape, Options], bool] = _kept
+    loss: str = ""
     recompiles: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
     ranks: tuple[str, ...] = ()
@@ -106,17 +71,15 @@ class Operation:
         Raises:
           OperationError: wrong type, out of range, or an option the operation does not have.
         """
-        if self.value.kind is not None:
-            check_number(value, self.value.kind, self.value.within)
-        elif value is not None:
-            raise OperationError(value, f"null: {self.name} takes no value")
+        self.value.check(value, self.name)
         for name, given in options.items():
-            self._check_option(name, given)
-        chosen = self.with_defaults(options)
+            if name not in self.options:
+                listed = f"one of {', '.join(self.options)}" if self.options else "no options"
+                near = nearest(name, self.options)
+                raise OperationError(name, f"{listed} of {self.name}{near}", "options")
+            self.options[name].check(given, f"options: {name}")
         for name in options:
-            if (only := self.options[name].only) and chosen[only[0]] != only[1]:
-                wanted = f"{only[0]} {only[1]} with it (it is {chosen[only[0]]})"
-                raise OperationError(options[name], wanted, f"options: {name}")
+            self.options[name].check_place(name, value, self.with_defaults(options))
 
     def with_defaults(self, options: Options) -> dict[str, Any]:
         """Return the value of every option."""
@@ -133,20 +96,6 @@ class Operation:
             flags = " or ".join(f"{rank}_divisor" for rank in self.ranks)
             raise OperationError(self.name, f"a model with LoRA adapters ({flags} > 0)", "name")
         return self.change(shape, value, self.with_defaults(options))
-
-    def _check_option(self, name: str, given: Any) -> None:
-        option, place = self.options.get(name), f"options: {name}"
-        if option is None:
-            listed = f"one of {', '.join(self.options)}" if self.options else "no options"
-            raise OperationError(
-                name, f"{listed} of {self.name}{nearest(name, self.options)}", "options"
-            )
-        if not option.choices:
-            check_number(given, type(option.default), option.within, place)
-        elif given not in option.choices:
-            near = nearest(given, option.choices) if isinstance(given, str) else ""
-            got = "null" if given is None else given
-            raise OperationError(got, f"one of {', '.join(option.choices)}{near}", place)
 
 
 _FACTOR = Value("factor", float, Within(above=0, high=_MOST))
@@ -172,7 +121,7 @@ _STACK_OPTIONS = {
     "order": Option(
         "stack",
         "where the copies go: 0 1 0 1, 0 0 1 1, or the middle layers repeated",
-        ("stack", "interleave", "middle"),
+        ("stack", "interleave", "middle"), with_layers=False,
     ),
     "recipe": Option(
         "copy",
@@ -203,11 +152,20 @@ _WIDEN_OPTIONS = {
     "moments": _MOMENTS,
     "fresh_nu": _FRESH_NU,
 }  # fmt: skip
-_EMBED_OPTIONS = {"recipe": Option("even", "copies with even shares", ("even",))}
+_RANK_OPTIONS = {
+    "merge_first": Option(
+        False, "merge these adapters into their weights before the rank changes, and begin new ones"
+    ),
+    "fresh_nu": dataclasses.replace(_FRESH_NU, only=("merge_first", False)),
+}
+_EMBED_OPTIONS = {
+    "recipe": Option("split", "copies with random shares, or even ones", ("split", "even")),
+    "spread": _WIDEN_OPTIONS["spread"],
+}
 
 
-def _kept_without_noise(shape: RunShape, value: Any, options: Options) -> bool:
-    return options["recipe"] != "noise"
+def _kept_without(recipe: str) -> Callable[[RunShape, RunShape, Options], bool]:
+    return lambda before, after, options: options["recipe"] != recipe or before == after
 
 
 def _count(
@@ -227,16 +185,31 @@ def _count(
     ]  # fmt: skip
 
 
-def _rank(name: str, rank: str, words: str) -> Operation:
-    """Return the operation that multiplies a LoRA rank."""
-    return Operation(
-        name, "morph", _FACTOR,
-        f"Divide the divisor of the {words} LoRA rank: the rank is multiplied.",
-        changes.scaled_rank(rank),
-        keeps="yes where the rank grows, no where it shrinks (by SVD)",
-        exact=lambda shape, value, options: value >= 1,
-        recompiles=True, options={"fresh_nu": _FRESH_NU}, ranks=(rank,),
-    )  # fmt: skip
+def _ranks(rank: str, words: str) -> list[Operation]:
+    """Return the operations that multiply and that set a LoRA rank."""
+    shared: dict[str, Any] = {
+        "keeps": "yes, except where the rank shrinks (by SVD) without merge_first",
+        "exact": lambda before, after, options: (
+            options["merge_first"] or getattr(after.model, rank) >= getattr(before.model, rank)
+        ),
+        "loss": f"a smaller {rank} approximates the adapters, in one case by 0.78 of the logits' RMS "
+        "(options: {merge_first: true} is exact)",
+        "recompiles": True,
+        "options": _RANK_OPTIONS,
+        "ranks": (rank,),
+    }
+    kind = rank.removesuffix("_lora_rank")
+    return [
+        Operation(
+            f"decrease_{kind}_lora_scaling", "morph", _FACTOR,
+            f"Divide the divisor of the {words} LoRA rank: the rank is multiplied.",
+            changes.scaled_rank(rank), **shared,
+        ),
+        Operation(
+            f"set_{rank}", "morph", _COUNT, f"Set the {words} LoRA rank.",
+            changes.set_rank(rank), **shared,
+        ),
+    ]  # fmt: skip
 
 
 _ALL_RANKS = ("attn_lora_rank", "vocab_lora_rank")
@@ -265,39 +238,60 @@ _HYPERPARAMETERS = [
         "change_lora_alpha", "hyperparameter", _FACTOR,
         "Multiply LoRA's alpha, and with it what the adapters add.",
         changes.multiplied_number("lora_alpha"),
-        keeps="no, on purpose", exact=_never_kept, ranks=_ALL_RANKS,
+        keeps="no, on purpose", exact=_kept_unless_changed, ranks=_ALL_RANKS,
     ),
     Operation(
         "set_lora_alpha", "hyperparameter", _NUMBER, "Set LoRA's alpha.",
         changes.replaced("lora_alpha"),
-        keeps="no, on purpose", exact=_never_kept, ranks=_ALL_RANKS,
+        keeps="no, on purpose", exact=_kept_unless_changed, ranks=_ALL_RANKS,
     ),
 ]  # fmt: skip
+_DEEPENED: dict[str, Any] = {
+    "keeps": "recipe identity and masked yes, copy no",
+    "exact": _kept_without("copy"),
+    "recompiles": True,
+}
+_WIDENED: dict[str, Any] = {
+    "keeps": "yes, except with recipe noise",
+    "exact": _kept_without("noise"),
+    "recompiles": True,
+    "options": _WIDEN_OPTIONS,
+}
 _MORPHS = [
     Operation(
-        "stack_layers", "morph", Value("factor", float, Within(low=1, high=_MOST)),
-        "Multiply the number of layers; from 0, make as many fresh ones.",
-        changes.stacked_layers,
-        keeps="recipe identity and masked yes, copy no",
-        exact=lambda shape, value, options: options["recipe"] != "copy",
-        recompiles=True, options=_STACK_OPTIONS,
+        "stack_layers", "morph", Value("factor", float, Within(low=1, high=_MOST), or_layers=True),
+        "Multiply the number of layers, or list the source of each; from 0, make fresh ones.",
+        changes.stacked_layers, options=_STACK_OPTIONS, **_DEEPENED,
+    ),
+    Operation(
+        "set_n_layers", "morph", _COUNT, "Set the number of layers, as stack_layers does.",
+        changes.set_layers, options=_STACK_OPTIONS, **_DEEPENED,
     ),
     Operation(
         "widen_mlp", "morph", _GROWTH, "Multiply d_ff, the hidden width of every MLP.",
-        changes.grown("d_ff"),
-        keeps="yes, except with recipe noise", exact=_kept_without_noise,
-        recompiles=True, options=_WIDEN_OPTIONS,
+        changes.grown("d_ff"), **_WIDENED,
+    ),
+    Operation(
+        "set_d_ff", "morph", _COUNT, "Set d_ff, as widen_mlp does.",
+        changes.set_size("d_ff"), **_WIDENED,
     ),
     Operation(
         "widen_heads", "morph", _GROWTH,
-        "Multiply n_heads in every layer; head_dim is unchanged.", changes.grown("n_heads"),
-        keeps="yes, except with recipe noise", exact=_kept_without_noise,
-        recompiles=True, options=_WIDEN_OPTIONS,
+        "Multiply n_heads in every layer; head_dim is unchanged.",
+        changes.grown("n_heads"), **_WIDENED,
+    ),
+    Operation(
+        "set_n_heads", "morph", _COUNT, "Set n_heads, as widen_heads does.",
+        changes.set_size("n_heads"), **_WIDENED,
     ),
     Operation(
         "widen_embed", "morph", Value("whole factor", float, Within(low=2, high=_MOST)),
         "Multiply d_model, the width of the residual stream.", changes.widened_embed,
         recompiles=True, options=_EMBED_OPTIONS,
+    ),
+    Operation(
+        "set_d_model", "morph", _COUNT, "Set d_model to a multiple of it, as widen_embed does.",
+        changes.set_embed, recompiles=True, options=_EMBED_OPTIONS,
     ),
     Operation(
         "change_seq_len", "morph", _FACTOR, "Multiply the context length.",
@@ -307,8 +301,8 @@ _MORPHS = [
         "set_seq_len", "morph", _COUNT, "Set the context length.",
         changes.set_seq_len, keeps=_AT_POSITIONS, recompiles=True,
     ),
-    _rank("decrease_attn_lora_scaling", "attn_lora_rank", "attention's"),
-    _rank("decrease_vocab_lora_scaling", "vocab_lora_rank", "embedding's"),
+    *_ranks("attn_lora_rank", "attention's"),
+    *_ranks("vocab_lora_rank", "embedding's"),
     Operation(
         "merge_lora_weights", "morph", _NULL,
         "Add the adapters to the weights they adapt, and re-initialise them.",

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.cli.wording import repeatable
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
 from jaxmorph.growth.operations import OPERATIONS, Operation
 from jaxmorph.growth.schedule import Entry, load_schedule, refusal
+from jaxmorph.growth.values import written
 
 
 @dataclass(frozen=True)
@@ -163,25 +163,28 @@ def _next_stage(before: Stage, entry: Entry) -> Stage:
         name, size, wanted = problem
         raise OperationError(entry.value, f"a value after which {name} ({size}) has {wanted}")
     options = operation.with_defaults(entry.options)
+    exact = operation.exact(shape, after, options)
     return Stage(
         before.number + 1,
         entry,
         after,
         recompiles=after.program_key != shape.program_key,
-        exact=operation.exact(shape, entry.value, options),
-        warnings=entry.warnings + _warnings(operation, shape, after, entry.value),
+        exact=exact,
+        warnings=entry.warnings + _warnings(entry, shape, after, exact),
     )
 
 
-def _warnings(
-    operation: Operation, before: RunShape, after: RunShape, value: float | None
-) -> tuple[str, ...]:
+def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> tuple[str, ...]:
+    operation, value = entry.operation, entry.value
+    said = f"{operation.name} {written(value)}"
     if value is not None and before == after:
-        return (f"{operation.name} {repeatable(value)} changes nothing",)
-    if operation.count and value is not None:
+        return (f"{said} changes nothing",)
+    if not exact and operation.loss:
+        return (f"{said} changes the function: {operation.loss}",)
+    if operation.count and isinstance(value, float | int):
         old, new = getattr(before, operation.count), getattr(after, operation.count)
         if whole_product(old, value) != new:
-            product = f"{old} × {repeatable(value)} = {old * value:g}"
+            product = f"{old} × {written(value)} = {old * value:g}"
             return (f"{operation.count}: {product}, rounded to {new}",)
     return ()
 
@@ -194,8 +197,8 @@ def _check_batch(before: RunShape, after: RunShape, entry: Entry, mesh: MeshShap
     wanted = f"a batch that divides over {mesh.batch_parts_in_words}"
     if entry.operation.count:
         old = before.batch_size
-        works = [f"{repeatable(n / old)} gives {n}" for n in near]
-        wanted += f", not {old} × {repeatable(entry.value or 0)} = {size}"
+        works = [f"{written(n / old)} gives {n}" for n in near]
+        wanted += f", not {old} × {written(entry.value)} = {size}"
     else:
         works = [str(n) for n in near]
     raise OperationError(entry.value, f"{wanted}: {', '.join(works)}")

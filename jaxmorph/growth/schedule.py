@@ -19,7 +19,9 @@ from jaxmorph.cli.json_file import read_json
 from jaxmorph.cli.yaml_file import read_yaml
 from jaxmorph.config.run_shape import OperationError, check_number
 from jaxmorph.config.settings import LARGEST_COUNT, Within
+from jaxmorph.growth.foreign import FOREIGN_FIELDS, FOREIGN_OPERATIONS
 from jaxmorph.growth.operations import OPERATIONS, Operation
+from jaxmorph.growth.values import Given, written
 
 _REQUIRED = ("name", "value", "reevaluate")
 _TRIGGERS = ("trigger_loss", "trigger_plateau", "max_wait_iters")
@@ -35,7 +37,7 @@ class Entry:
 
     Args:
       operation: its row in the table.
-      value: a number, or None for an operation that takes none.
+      value: a number, a tuple of layers, or None for an operation that takes none.
       trigger_loss: fires below this validation loss; None: no such trigger.
       max_wait_iters: fires this many steps after the last operation; None: no such trigger.
       reevaluate: whether the validation loss is measured again right after it.
@@ -48,7 +50,7 @@ class Entry:
     """
 
     operation: Operation
-    value: float | int | None
+    value: Given
     trigger_loss: float | None
     max_wait_iters: int | None
     reevaluate: bool
@@ -62,6 +64,11 @@ class Entry:
     def name(self) -> str:
         """Return the operation's name."""
         return self.operation.name
+
+    @property
+    def title(self) -> str:
+        """Return the operation as "name value"."""
+        return f"{self.name} {written(self.value)}".rstrip()
 
 
 def load_schedule(
@@ -151,26 +158,26 @@ def _checked_entry(number: int, item: Any, operations: Mapping[str, Operation]) 
     if not isinstance(options, dict):
         raise OperationError(_shown(options), "a mapping of options to values", "options")
     operation.check(value, options)
-    _check_triggers(item)
-    threshold = item.get("trigger_loss")
+    threshold, warnings = _checked_triggers(item)
     desc, completed = item.get("desc", ""), item.get("completed")
     if not (isinstance(desc, str) and _is_unicode(desc)):
         raise OperationError(_shown(desc), "text, in valid Unicode", "desc")
     for flag in ("reevaluate", "completed"):
         if flag in item and not isinstance(item[flag], bool):
             raise OperationError(_shown(item[flag]), "true or false", flag)
-    ignored = "completed is ignored: the run's checkpoint records what has fired"
+    if completed is not None:
+        warnings += ("completed is ignored: the run's checkpoint records what has fired",)
     return Entry(
         operation=operation,
-        value=float(value) if operation.value.kind is float else value,
-        trigger_loss=None if threshold is None else float(threshold),
+        value=operation.value.read(value),
+        trigger_loss=threshold,
         max_wait_iters=item.get("max_wait_iters"),
         reevaluate=item["reevaluate"],
         trigger_plateau=item.get("trigger_plateau"),
         desc=desc,
         options=_as_declared(operation, options),
         number=number,
-        warnings=() if completed is None else (ignored,),
+        warnings=warnings,
     )
 
 
@@ -178,27 +185,43 @@ def _check_fields(item: Mapping[Any, Any], operations: Mapping[str, Operation]) 
     for required in _REQUIRED:
         if required not in item:
             hint = " (null where the operation takes none)" if required == "value" else ""
+            other = next((key for key in item if FOREIGN_FIELDS.get(key) == required), None)
+            hint = f" (what {other!r} is elsewhere)" if other else hint
             raise OperationError(None, f"the field, which is missing{hint}", required)
     name = item["name"]
     if not isinstance(name, str):
         raise OperationError(_shown(name), "the name of an operation", "name")
     if name not in operations:
-        near = nearest(name, operations)
+        hint = FOREIGN_OPERATIONS.get(name)
+        near = f": {hint}" if hint else nearest(name, operations)
         raise OperationError(name, f"an operation that --help_operations lists{near}", "name")
     for key in item:
         if key not in _FIELDS:
             known = operations[name].options
             hint = " (it belongs under options)" if key in known else nearest(str(key), _FIELDS)
+            same = FOREIGN_FIELDS.get(key)
+            hint = f" ({key!r} elsewhere is {same!r} here)" if same else hint
             raise OperationError(key, f"one of {', '.join(_FIELDS)}{hint}", "field")
 
 
-def _check_triggers(item: Mapping[str, Any]) -> None:
+def _checked_triggers(item: Mapping[str, Any]) -> tuple[float | None, tuple[str, ...]]:
+    """Return the loss threshold, if there is one, and warnings; the other triggers are only checked."""
     given = {name: item[name] for name in _TRIGGERS if item.get(name) is not None}
     if not given:
         raise OperationError("null", f"a trigger: one of {', '.join(_TRIGGERS)}", _TRIGGERS[0])
+    never = not isinstance(loss := given.get("trigger_loss"), bool) and loss == 0
+    if never and len(given) == 1:
+        others = " or ".join(_TRIGGERS[1:])
+        raise OperationError(
+            loss, f"a threshold > 0, or {others}: no loss is below 0", "trigger_loss"
+        )
     for name, trigger in given.items():
         kind, within = (float, _LOSS) if name == "trigger_loss" else (int, _COUNT)
-        check_number(trigger, kind, within, name)
+        if not (never and name == "trigger_loss"):
+            check_number(trigger, kind, within, name)
+    if never:
+        return None, (f"trigger_loss {loss:g} means never by loss, as null does",)
+    return None if loss is None else float(loss), ()
 
 
 def _as_declared(operation: Operation, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -228,12 +228,33 @@ def repeat(
     _check_growth(axis, old, new, least=0)
     check_order(order)
     source = _repeated(old, new, order) if old else np.full(new, FRESH)
-    is_new = AxisMap(axis, old, source, np.ones(new)).is_copy if old else np.ones(new, bool)
-    if fresh:
-        source = np.where(is_new, FRESH, source)
-    return AxisMap(
-        axis, old, source, np.ones(new), silent=is_new if silent else np.zeros(new, bool)
-    )
+    return arranged(axis, old, source, fresh=fresh, silent=silent)
+
+
+def arranged(
+    axis: str,
+    old: int,
+    source: Sequence[int] | np.ndarray,
+    *,
+    fresh: bool = False,
+    silent: bool = False,
+) -> AxisMap:
+    """Return the map that copies the given entries of a stacked axis; the first copy is the old entry.
+
+    Args:
+      axis: its name.
+      old: its size before.
+      source: the entry that each new one copies, or FRESH.
+      fresh: see `repeat`.
+      silent: see `repeat`.
+
+    Raises:
+      InputError: a source out of range.
+    """
+    copied = AxisMap(axis, old, np.asarray(source, int), np.ones(len(source)))
+    is_new = copied.is_copy | copied.is_fresh
+    source = np.where(is_new & fresh, FRESH, copied.source)
+    return dataclasses.replace(copied, source=source, silent=is_new & silent)
 
 
 def check_order(order: str) -> None:

@@ -26,7 +26,8 @@ def widen(
     """Return the change that widens an axis.
 
     Exact if everything between the producers and consumers of the axis is elementwise, such as an
-    activation. A normalisation over the axis needs `recipe="even"` and an integer multiple.
+    activation. A normalisation over the axis needs copies of all of it, an integer multiple by `even` or
+    `split`.
 
     >>> import jax.numpy as jnp, optax
     >>> from jaxmorph import morphs

@@ -13,6 +13,7 @@ import numpy as np
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.paths import is_file, reason
 from jaxmorph.cli.text_file import read_text
+from jaxmorph.cli.wording import listed
 from jaxmorph.cli.yaml_file import read_yaml
 from jaxmorph.report.run_lines import read_lines, read_thinned_lines
 from jaxmorph.step.metrics import DEFAULT, METRIC_TABLE, Kind, Metric, table_from_json
@@ -70,6 +71,8 @@ class FiredOperation:
         """The value as a user would write it; "" if there is none."""
         if self.value is None:
             return ""
+        if isinstance(self.value, list):
+            return listed(self.value)
         return f"{self.value:.6g}" if isinstance(self.value, float) else str(self.value)
 
     @property

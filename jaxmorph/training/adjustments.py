@@ -27,7 +27,7 @@ def _restart_schedule(entry: Entry, state: TrainState) -> dict[str, Any]:
 
 def _multiply_warmup(entry: Entry, state: TrainState) -> dict[str, Any]:
     """Multiply the current warmup, which a restart may have shortened."""
-    assert entry.value is not None
+    assert isinstance(entry.value, float | int)
     return {"warmup_steps": scaled_count(int(state["warmup_steps"]), entry.value)}
 
 

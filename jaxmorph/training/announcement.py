@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxmorph.cli.printing import named
 from jaxmorph.model.architecture import parameter_count
-from jaxmorph.training.operate import OperationResult, title
+from jaxmorph.training.operate import OperationResult
 
 _REASONS = {
     "loss": "loss threshold",
@@ -25,10 +25,11 @@ def announcement(done: OperationResult, operations: int) -> str:
     """
     entry, position = done.entry, done.position
     lines = [
-        f"=== Operation {entry.number} of {operations} at step {position.step:,}: {title(entry)} ===",
+        f"=== Operation {entry.number} of {operations} at step {position.step:,}: {entry.title} ===",
         *([f"  {named(entry.desc)}"] if entry.desc else []),
         f"  Trigger: {_trigger(done)}",
     ]
+    lines += [f"  Warning: {w}" for w in done.after.warnings if w not in entry.warnings]
     lines += [f"  {change}" for change in _settings_changed(done)]
     lines += [f"  Model: {change}" for change in _sizes_changed(done)]
     if done.function_delta is not None:

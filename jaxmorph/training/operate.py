@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmorph.cli.errors import FailedError
-from jaxmorph.cli.wording import repeatable
 from jaxmorph.growth.plan import Stage
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.growth.triggers import Reason
@@ -150,9 +149,4 @@ def failure(entry: Entry, error: Exception) -> str:
     """Return the error message for an operation that could not be done."""
     words = str(error).strip().splitlines()
     cause = words[0] if words else type(error).__name__
-    return f"operation {entry.number} of the schedule, {title(entry)}, could not be done: {cause}"
-
-
-def title(entry: Entry) -> str:
-    """Return an operation as "name value"."""
-    return entry.name if entry.value is None else f"{entry.name} {repeatable(entry.value)}"
+    return f"operation {entry.number} of the schedule, {entry.title}, could not be done: {cause}"

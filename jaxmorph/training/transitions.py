@@ -63,6 +63,7 @@ class Morphing:
                 key=jax.random.fold_in(key, entry.number),
                 parts=self.parts,
                 frozen_layers=(self.before.frozen_layers, self.after.frozen_layers),
+                value=entry.value,
             ),
             **entry.operation.with_defaults(entry.options),
         )

@@ -34,6 +34,12 @@ SET = [
     "eval_interval",
     "lora_alpha",
     "seq_len",
+    "n_layers",
+    "d_ff",
+    "n_heads",
+    "d_model",
+    "attn_lora_rank",
+    "vocab_lora_rank",
 ]
 
 
@@ -76,6 +82,17 @@ CHANGES = [
     ("set_lora_alpha", 8, {}, {"lora_alpha": 8}),
     ("stack_layers", 2, {}, {"n_layers": 8}),
     ("stack_layers", 1.25, {"order": "middle"}, {"n_layers": 5}),
+    ("stack_layers", [0, 0, 1, 2, 3, 3], {}, {"n_layers": 6}),
+    ("stack_layers", (3, 2, 1, 0, 0), {"moments": "fresh"}, {"n_layers": 5}),
+    ("stack_layers", [0, 1, 0, 2, 3, 2], {"recipe": "identity"}, {"n_layers": 6}),
+    ("set_n_layers", 6, {"order": "middle", "recipe": "identity"}, {"n_layers": 6}),
+    ("set_n_layers", 4, {}, {}),
+    ("set_d_ff", 97, {"recipe": "noise", "noise": 0.5}, {"d_ff": 97}),
+    ("set_d_ff", 96, {}, {}),
+    ("set_n_heads", 7, {"recipe": "even"}, {"n_heads": 7}),
+    ("set_d_model", 192, {"recipe": "even"}, {"d_model": 192}),
+    ("set_attn_lora_rank", 5, {"merge_first": True}, {"attn_lora_rank": 5}),
+    ("set_vocab_lora_rank", 64, {"fresh_nu": 0.5}, {"vocab_lora_rank": 64}),
     ("widen_mlp", 1.5, {"recipe": "fresh"}, {"d_ff": 144}),
     ("widen_mlp", 97 / 96, {}, {"d_ff": 97}),
     ("widen_heads", 1.5, {}, {"n_heads": 6}),
@@ -116,7 +133,48 @@ REFUSED = [
     ("widen_embed", 1, {}, {}, ["≥ 2"]),
     ("widen_heads", 1.1, {}, {}, ["n_heads", "1.25 gives 5"]),
     ("widen_embed", 2.5, {}, {}, ["2.5", "whole multiple", "2 or 3"]),
-    ("widen_embed", 2, {"recipe": "split"}, {}, ["options: recipe", "'split'", "one of even"]),
+    (
+        "widen_embed",
+        2,
+        {"recipe": "fresh"},
+        {},
+        ["options: recipe", "'fresh'", "one of split, even"],
+    ),
+    ("widen_embed", 2, {"recipe": "even", "spread": 1}, {}, ["options: spread", "recipe split"]),
+    ("stack_layers", [0, 1, 3, 3, 3], {}, {}, ["each of the 4 layers", "missing: [2]"]),
+    ("stack_layers", [0, 1, 2, 3, 4], {}, {}, ["got 4", "one of the 4 layers", "0 to 3"]),
+    ("stack_layers", [0, 1, 2, 3], {}, {}, ["[0, 1, 2, 3]", "more than the 4 layers"]),
+    ("stack_layers", [0, 0], {"n": 1}, {"n_layers": 0}, ["options"]),
+    ("stack_layers", [0, 0], {}, {"n_layers": 0}, ["as there are none to copy"]),
+    ("stack_layers", [], {}, {}, ["a list of layers, such as [0, 0, 1, 1]"]),
+    ("stack_layers", [0, -1], {}, {}, ["a list of layers"]),
+    ("stack_layers", [0, True], {}, {}, ["a list of layers"]),
+    ("stack_layers", [0, "1"], {}, {}, ["a list of layers"]),
+    ("stack_layers", [0, 0, 1, 2, 3], {"order": "stack"}, {}, ["options: order", "list of layers"]),
+    (
+        "stack_layers",
+        [3, 2, 1, 0, 0],
+        {"recipe": "masked"},
+        {},
+        ["first in their order", "or recipe copy"],
+    ),
+    ("set_n_layers", 3, {}, {}, ["got 3", "at least the 4 that n_layers is", "--n_layer_divisor"]),
+    ("set_n_layers", 2.0, {}, {}, ["whole number"]),
+    ("set_d_ff", 95, {}, {}, ["at least the 96 that d_ff is", "--n_hidden_divisor"]),
+    ("set_n_heads", 3, {}, {}, ["at least the 4 that n_heads is", "--n_heads"]),
+    ("set_d_model", 32, {}, {}, ["at least the 64 that d_model is", "--d_model"]),
+    ("set_d_model", 96, {}, {}, ["a multiple of the 64", "64 or 128"]),
+    ("set_attn_lora_rank", 65, {}, {}, ["a rank of at most d_model (64)"]),
+    ("set_attn_lora_rank", 0, {}, {}, ["≥ 1"]),
+    ("set_vocab_lora_rank", 4, {}, {"vocab_lora_rank": 0}, ["vocab_lora_rank_divisor > 0"]),
+    ("set_attn_lora_rank", 4, {"merge_first": 1}, {}, ["options: merge_first", "true or false"]),
+    (
+        "set_attn_lora_rank",
+        4,
+        {"merge_first": True, "fresh_nu": 1.0},
+        {},
+        ["options: fresh_nu", "merge_first false with it (it is true)"],
+    ),
     ("change_seq_len", 1.01, {}, {}, ["48 × 1.01 = 48.48", "1.0208333333333333 gives 49"]),
     ("change_seq_len", 2, {}, {"positions": "learned"}, ["48 learned positions", "96", "rotary"]),
     ("set_seq_len", 0, {}, {}, ["whole number", "≥ 1"]),
@@ -208,14 +266,47 @@ def test_layers_can_come_from_none():
         ("widen_mlp", 2.0, {}, True),
         ("widen_heads", 2.0, {"recipe": "noise"}, False),
         ("widen_embed", 2.0, {}, True),
+        ("set_d_model", 128, {}, True),
+        ("set_n_layers", 6, {}, False),
+        ("set_n_layers", 4, {}, True),
+        ("set_n_heads", 4, {"recipe": "noise"}, True),
+        ("change_lora_alpha", 1.0, {}, True),
+        ("set_attn_lora_rank", 8, {}, False),
+        ("set_attn_lora_rank", 16, {}, True),
+        ("set_vocab_lora_rank", 4, {"merge_first": True}, True),
         ("decrease_attn_lora_scaling", 2.0, {}, True),
         ("decrease_vocab_lora_scaling", 0.5, {}, False),
         ("merge_lora_weights", None, {}, True),
     ],
 )
 def test_operation_says_whether_it_keeps_the_function(name, value, options, exact):
-    operation = OPERATIONS[name]
-    assert operation.exact(make_shape(), value, operation.with_defaults(options)) is exact
+    operation, before = OPERATIONS[name], make_shape()
+    after = operation.next_shape(before, value, options)
+    assert operation.exact(before, after, operation.with_defaults(options)) is exact
+
+
+# operation by a factor, factor, the same to a size, size, options of both
+SAME = [
+    ("stack_layers", 1.5, "set_n_layers", 6, {"order": "interleave", "recipe": "masked"}),
+    ("widen_mlp", 1.5, "set_d_ff", 144, {"recipe": "fresh", "fresh_nu": 0.25}),
+    ("widen_heads", 2, "set_n_heads", 8, {"recipe": "noise"}),
+    ("widen_embed", 2, "set_d_model", 128, {"recipe": "even"}),
+    ("decrease_attn_lora_scaling", 0.5, "set_attn_lora_rank", 8, {"merge_first": True}),
+    ("decrease_vocab_lora_scaling", 0.5, "set_vocab_lora_rank", 4, {"fresh_nu": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("by_factor", "factor", "to_size", "size", "options"), SAME)
+def test_setting_a_size_does_what_the_factor_that_gives_it_does(
+    by_factor, factor, to_size, size, options
+):
+    before, one, other = make_shape(), OPERATIONS[by_factor], OPERATIONS[to_size]
+    after = one.next_shape(before, factor, options)
+    assert other.next_shape(before, size, options) == after != before
+    chosen = one.with_defaults(options)
+    assert other.with_defaults(options) == chosen
+    assert other.exact(before, after, chosen) == one.exact(before, after, chosen)
+    assert (other.kind, other.recompiles, other.keeps) == (one.kind, one.recompiles, one.keeps)
 
 
 def test_only_batch_size_and_changes_of_shape_recompile():

@@ -78,7 +78,10 @@ MALFORMED_ENTRIES = {
     "NaN for a trigger": (entry(trigger_loss=math.nan), "change_lr", "trigger_loss", ["finite"]),
     "infinite trigger": (entry(trigger_loss=math.inf), "change_lr", "trigger_loss", ["finite"]),
     "negative trigger": (entry(trigger_loss=-1.0), "change_lr", "trigger_loss", ["> 0"]),
-    "zero trigger": (entry(trigger_loss=0), "change_lr", "trigger_loss", ["got 0", "> 0"]),
+    "zero trigger alone": (
+        entry(trigger_loss=0, max_wait_iters=None), "change_lr", "trigger_loss",
+        ["got 0", "> 0", "no loss is below 0"],
+    ),
     "fraction for a wait": (entry(max_wait_iters=1.5), "change_lr", "max_wait_iters", ["whole"]),
     "bool for a wait": (entry(max_wait_iters=True), "change_lr", "max_wait_iters", ["True"]),
     "text for a wait": (entry(max_wait_iters="100"), "change_lr", "max_wait_iters", ["'100'"]),
@@ -134,9 +137,31 @@ MALFORMED_ENTRIES = {
     "number for a choice": (
         entry("widen_mlp", 2, options={"recipe": 1}), "widen_mlp", "options: recipe", ["split"],
     ),
-    "uneven embed": (
-        entry("widen_embed", 2, options={"recipe": "split"}), "widen_embed", "options: recipe",
-        ["one of even"],
+    "fresh embed": (
+        entry("widen_embed", 2, options={"recipe": "fresh"}), "widen_embed", "options: recipe",
+        ["one of split, even"],
+    ),
+    "list for a size": (entry("set_d_ff", [96]), "set_d_ff", "value", ["a whole number ≥ 1"]),
+    "layer that is text": (
+        entry("stack_layers", [0, "0"]), "stack_layers", "value", ["a list of layers"],
+    ),
+    "nested layers": (
+        entry("stack_layers", [[0], [0]]), "stack_layers", "value", ["a list of layers"],
+    ),
+    "order of a list": (
+        entry("stack_layers", [0, 0], options={"order": "stack"}), "stack_layers",
+        "options: order", ["with a list of layers"],
+    ),
+    "number for true or false": (
+        entry("set_attn_lora_rank", 2, options={"merge_first": 1}), "set_attn_lora_rank",
+        "options: merge_first", ["true or false"],
+    ),
+    "rank of one layer": (
+        entry("set_layer_lora_rank", ["attn.3", 16]), "set_layer_lora_rank", "name",
+        ["one rank for all layers (set_attn_lora_rank)"],
+    ),
+    "curriculum": (
+        entry("set_curriculum_alpha", 0.5), "set_curriculum_alpha", "name", ["set_seq_len"],
     ),
     "bool for an option": (
         entry("widen_mlp", 2, options={"spread": True}), "widen_mlp", "options: spread", ["True"],
@@ -191,6 +216,18 @@ def test_malformed_entry_is_refused(name, kind, tmp_path):
 IMPOSSIBLE = {
     "product not whole": (
         entry("widen_mlp", 1.013), {"d_ff": 64}, "", "value", ["64 × 1.013", "1.015625 gives 65"],
+    ),
+    "layer that is not there": (
+        entry("stack_layers", [0, 1, 2, 3, 4]), {}, "", "value", ["got 4", "0 to 3"],
+    ),
+    "layer that would be lost": (
+        entry("stack_layers", [0, 0, 1, 1, 3]), {}, "", "value", ["missing: [2]"],
+    ),
+    "fewer layers than there are": (
+        entry("set_n_layers", 2), {}, "", "value", ["at least the 4", "n_layer_divisor"],
+    ),
+    "width that is no multiple": (
+        entry("set_d_model", 100), {}, "", "value", ["a multiple of the 64", "64 or 128"],
     ),
     "half a layer": (entry("stack_layers", 1.1), {}, "", "value", ["4 × 1.1 = 4.4", "1.25"]),
     "uneven width": (entry("widen_embed", 2.5), {}, "", "value", ["2 or 3"]),
@@ -519,7 +556,7 @@ PROVIDED = {
     ),
     "document_scaled.json": ("lora.yaml", [], (4, 128, 4, 384, 16, 32)),
     "production.json": ("openwebtext_growth.yaml", [], (12, 768, 12, 3072, 96, 64)),
-    "demo_all_operations.json": ("all_operations.yaml", [], (6, 128, 8, 384, 32, 4)),
+    "demo_all_operations.json": ("all_operations.yaml", [], (5, 128, 6, 256, 8, 8)),
     "growth.yaml": ("demo.yaml", [], (4, 192, 6, 768, 0, 0)),
 }
 

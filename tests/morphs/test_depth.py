@@ -26,6 +26,7 @@ from jaxmorph import morphs
 from jaxmorph.cli.errors import InputError
 from jaxmorph.model import gpt
 from jaxmorph.model.architecture import gpt_signatures
+from jaxmorph.morphs.gpt import MORPHS, Transition
 from jaxmorph.morphs.gpt.depth import RECIPES
 from jaxmorph.step.state import gates_of
 
@@ -62,6 +63,37 @@ def test_orders(order, old, new, source):
     kept = [layer for layer in fresh.source.tolist() if layer >= 0]
     assert kept == list(range(old))
     assert (change.is_copy | change.is_fresh).tolist() == fresh.is_fresh.tolist()
+
+
+@pytest.mark.parametrize(
+    ("source", "fresh"),
+    [([0, 0, 1, 1], [1, 3]), ([1, 0, 0, 1], [2, 3]), ([0, 0, 0, 1], [1, 2])],
+)
+def test_a_list_of_layers_is_copied_as_it_stands(source, fresh):
+    config = grown_config(dtype="float32")
+    optimizer, state = setting_up(config)
+    deep = dataclasses.replace(config, n_layers=4)
+    transition = Transition(config, deep, state, optimizer, KEY, value=tuple(source))
+    copied, _ = MORPHS["stack_layers"](transition)
+    silent, _ = MORPHS["stack_layers"](transition, recipe="identity")
+    for path, leaf in flat(state.params).items():
+        if not path.startswith("blocks/"):
+            continue
+        np.testing.assert_array_equal(flat(copied.params)[path], leaf[source])
+        quiet = gpt_signatures(config)[path].adds_to_residual
+        expected = leaf[source].copy()
+        expected[fresh] = 0 if quiet else expected[fresh]
+        np.testing.assert_array_equal(flat(silent.params)[path], expected)
+    np.testing.assert_array_equal(copied["layer_gate"], np.asarray(state["layer_gate"])[source])
+
+
+def test_as_many_layers_as_there_are_leave_everything_as_it_is():
+    config = grown_config(dtype="float32")
+    optimizer, state = setting_up(config)
+    for recipe in RECIPES:
+        _, kept, report = _stacked(config, state, optimizer, n_layers=2, recipe=recipe)
+        chex.assert_trees_all_equal(kept, state)
+        assert report.totals["fresh"] == 0
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "adapted"])
@@ -207,7 +239,7 @@ def test_first_steps_of_new_layers_do_not_overshoot(n_layers, beta2):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"n_layers": 2}, ["more than its size now, 2"]),
+        ({"n_layers": 1}, ["more than its size now, 2"]),
         ({"order": "stak"}, ["did you mean 'stack'"]),
         ({"recipe": "identiy"}, ["did you mean 'identity'"]),
         ({"blocks": "new"}, ["one of copied, fresh"]),

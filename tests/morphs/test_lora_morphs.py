@@ -37,14 +37,15 @@ ADAPTED: dict[str, dict[str, Any]] = {
 RANKS = {"attn_rank": "attn_lora_rank", "vocab_rank": "vocab_lora_rank"}
 
 
-def _rescaled(config, state, optimizer, value: float) -> tuple[Any, Any, list]:
+def _rescaled(config, state, optimizer, value: float, **options) -> tuple[Any, Any, list]:
     """The GPT with every rank it has multiplied, and the reports."""
     reports = []
     for axis in RANKS:
         if getattr(config, RANKS[axis]):
             name = f"decrease_{axis.removesuffix('_rank')}_lora_scaling"
             size = {RANKS[axis]: int(getattr(config, RANKS[axis]) * value)}
-            config, state, report = morphed(name, config, state, optimizer, KEY, **size)
+            call = size | options
+            config, state, report = morphed(name, config, state, optimizer, KEY, **call)
             reports.append(report)
     return config, state, reports
 
@@ -152,6 +153,51 @@ def test_at_a_larger_rank_moments_follow_the_gradients():
                 np.testing.assert_allclose(begun, np.broadcast_to(mean, begun.shape), rtol=1e-9)
                 fresh += begun.size
         assert sum(report.totals["fresh"] for report in reports) == fresh
+
+
+@pytest.mark.parametrize("variant", ADAPTED)
+def test_any_rank_after_a_merge_keeps_the_function_and_begins_new_adapters(variant):
+    with jax.enable_x64(True):
+        config = grown_config(**ADAPTED[variant])
+        adam, state = with_gradient_moments(config, setting_up(config)[1])
+        before, products = logits_of(config, state), _products(config, state.params)
+        alpha = float(state["lora_alpha"])
+        for value in (0.5, 2):
+            after, changed, reports = _rescaled(config, state, adam, value, merge_first=True)
+            assert function_delta(before, logits_of(after, changed)) < 1e-12
+            assert not any(report.errors for report in reports)
+            old, new = flat(state.params), flat(changed.params)
+            mu, nu = flat(changed.opt_state.mu), flat(changed.opt_state.nu)
+            for base, (a, b) in lora_adapters(after).items():
+                expected = old[base] + alpha * products[base].reshape(old[base].shape)
+                np.testing.assert_allclose(new[base], expected, rtol=1e-13, atol=1e-14)
+                assert new[a].any()
+                assert not new[b].any()
+                assert not any(leaf[path].any() for leaf in (mu, nu) for path in (a, b))
+            for path in mu.keys() - _adapter_paths(after):
+                np.testing.assert_array_equal(mu[path], flat(state.opt_state.mu)[path])
+        _, lossy, _ = _rescaled(config, state, adam, 0.5)
+        assert function_delta(before, logits_of(_halved(config), lossy)) > 1e-2
+
+
+def _halved(config) -> Any:
+    return dataclasses.replace(
+        config, **{field: getattr(config, field) // 2 for field in RANKS.values()}
+    )
+
+
+def test_merging_before_one_rank_leaves_the_other_adapters():
+    with jax.enable_x64(True):
+        config = grown_config(**ADAPTED["both trained"])
+        adam, state = with_gradient_moments(config, setting_up(config)[1])
+        _, changed, _ = morphed(
+            "set_attn_lora_rank", config, state, adam, KEY, attn_lora_rank=2, merge_first=True
+        )
+        for kept in ("embed/tokens", "embed/tokens_lora_a", "embed/tokens_lora_b"):
+            np.testing.assert_array_equal(flat(changed.params)[kept], flat(state.params)[kept])
+        _, same, report = morphed("set_attn_lora_rank", config, state, adam, KEY, merge_first=True)
+        chex.assert_trees_all_equal(same, state)
+        assert report.totals["fresh"] == 0
 
 
 def test_a_smaller_rank_is_the_best_approximation_and_says_what_is_lost():

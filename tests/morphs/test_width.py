@@ -51,17 +51,14 @@ def test_function_is_kept_and_moments_are_those_of_the_wide_net_s_gradients(vari
         config = grown_config(**ALL[variant])
         adam, state = with_gradient_moments(config, setting_up(config)[1])
         before = logits_of(config, state)
-        even = {} if axis == "embed" else {"recipe": "even"}
-        wide, grown, _ = _widened(axis, config, state, adam, **even)
+        wide, grown, _ = _widened(axis, config, state, adam, recipe="even")
         assert dataclasses.asdict(wide)[WIDENINGS[axis][2]] == WIDENINGS[axis][3]
         assert function_delta(before, logits_of(wide, grown)) < 1e-12
         gradient = gradient_of(wide, grown)
         chex.assert_trees_all_close(grown.opt_state.mu, gradient, rtol=1e-9, atol=1e-14)
         squares = jax.tree.map(jnp.square, gradient)
         chex.assert_trees_all_close(grown.opt_state.nu, squares, rtol=1e-9, atol=1e-18)
-        if axis == "embed":
-            return
-        for recipe in ("split", "fresh", "noise"):
+        for recipe in ("split",) if axis == "embed" else ("split", "fresh", "noise"):
             _, grown, _ = _widened(axis, config, state, adam, recipe=recipe)
             delta = function_delta(before, logits_of(wide, grown))
             assert (delta < 1e-12) == (recipe != "noise"), (recipe, delta)
@@ -104,8 +101,7 @@ def test_even_copies_follow_the_narrow_net_when_consumers_updates_take_their_sha
         config = grown_config()
         _, state = setting_up(config)
         adam, state = with_gradient_moments(config, state)
-        even = {} if axis == "embed" else {"recipe": "even"}
-        wide, grown, _ = _widened(axis, config, state, adam, **even)
+        wide, grown, _ = _widened(axis, config, state, adam, recipe="even")
         source = np.arange(WIDENINGS[axis][3]) % dataclasses.asdict(config)[WIDENINGS[axis][2]]
         share = 1.0 / np.bincount(source)[source]
 
@@ -120,7 +116,7 @@ def test_even_copies_follow_the_narrow_net_when_consumers_updates_take_their_sha
         narrow = _adam_steps(config, state, lambda path, role: 1.0)
         followed = _adam_steps(wide, grown, along)
         moved = dataclasses.replace(state, params=narrow)
-        _, expected, _ = _widened(axis, config, moved, adam, **even)
+        _, expected, _ = _widened(axis, config, moved, adam, recipe="even")
         before, found = flat(grown.params), flat(followed)
         for path, leaf in flat(expected.params).items():
             if path.endswith("key_bias"):
@@ -149,6 +145,32 @@ def _added(params, updates):
     return jax.tree_util.tree_map_with_path(
         lambda path, p: p + updates["/".join(key.key for key in path)], params
     )
+
+
+@pytest.mark.parametrize("axis", WIDENINGS)
+def test_a_size_that_is_there_already_leaves_everything_as_it_is(axis):
+    config = grown_config(dtype="float32", **ADAPTED)
+    optimizer, state = setting_up(config)
+    same, kept, report = _widened(axis, config, state, optimizer, factor=1)
+    assert same == config
+    chex.assert_trees_all_equal(kept, state)
+    assert (report.totals["fresh"], report.totals["reset"]) == (0, 0)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "adapted"])
+def test_split_copies_of_the_residual_stream_part_in_training_and_even_ones_do_not(variant):
+    with jax.enable_x64(True):
+        config = grown_config(**ALL[variant])
+        optimizer, state = setting_up(config)
+        for recipe in ("even", "split"):
+            wide, grown, _ = _widened("embed", config, state, optimizer, factor=2, recipe=recipe)
+            trained, _ = updates_after(wide, optimizer, grown, 10)
+            parts = {}
+            for name, each in (("start", grown), ("end", trained)):
+                first, second = np.split(flat(each.params)["blocks/attention/out"], 2, -1)
+                parts[name] = np.abs(first - second).max() / np.abs(first).max()
+            assert parts["start"] == 0
+            assert parts["end"] < 1e-9 if recipe == "even" else parts["end"] > 0.01, parts
 
 
 @pytest.mark.parametrize("axis", UNITS)
@@ -234,11 +256,9 @@ def test_first_steps_of_fresh_units_do_not_overshoot(axis, beta2):
 @pytest.mark.parametrize(
     ("axis", "options", "words"),
     [
-        ("mlp", {"factor": 1}, ["more than its size now, 24"]),
         ("head", {"factor": 0.5}, ["head", "more than its size now, 4"]),
         ("head", {"recipe": "evn"}, ["did you mean 'even'"]),
-        ("embed", {"recipe": "split"}, ["'split'", "even"]),
-        ("embed", {"factor": 1}, ["more than its size now, 16"]),
+        ("embed", {"recipe": "fresh"}, ["'fresh'", "split, even"]),
     ],
 )
 def test_what_cannot_be_widened_is_refused(axis, options, words):

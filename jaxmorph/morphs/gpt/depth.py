@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmorph.cli.errors import InputError, nearest
-from jaxmorph.morphs.axis_map import AxisMap, repeat
+from jaxmorph.morphs.axis_map import AxisMap, arranged, repeat
 from jaxmorph.morphs.gpt.stage import Transition, morph_gpt
 from jaxmorph.morphs.report import Report
 from jaxmorph.step.state import TrainState
@@ -35,7 +35,8 @@ def stack_layers(
     """Return the GPT with more layers, fresh ones if it has none.
 
     Args:
-      transition: to an architecture with a larger n_layers.
+      transition: to an architecture with a larger n_layers, or the same; if its value is a tuple, it
+        has the source of each layer.
       order: where the new layers go; see `axis_map.repeat`.
       recipe: `copy`: unchanged copies, which changes the function; `identity`: projections into the
         residual stream are zero; `masked`: gates start at zero and open during training.
@@ -45,15 +46,19 @@ def stack_layers(
       fresh_nu: see `FreshStart`.
 
     Raises:
-      InputError: an unknown order, recipe or kind of blocks, or no growth.
+      InputError: an unknown order, recipe or kind of blocks, or fewer layers.
     """
     for name, got, known in (("recipe", recipe, RECIPES), ("blocks", blocks, BLOCKS)):
         if got not in known:
             raise InputError(name, "", got, f"one of {', '.join(known)}{nearest(got, known)}")
     old, new = transition.sizes("layer")
-    change = repeat(
-        "layer", old, new, order=order, fresh=blocks == "fresh", silent=recipe == "identity"
-    )
+    new_ones = {"fresh": blocks == "fresh", "silent": recipe == "identity"}
+    if isinstance(transition.value, tuple):
+        change = arranged("layer", old, transition.value, **new_ones)
+    elif old == new:
+        return morph_gpt(transition, [])
+    else:
+        change = repeat("layer", old, new, order=order, **new_ones)
     state, report = morph_gpt(transition, [change], moments=moments, fresh_nu=fresh_nu)
     if recipe == "masked":
         state = _faded_in(state, change, anneal_steps)

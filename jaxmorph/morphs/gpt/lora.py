@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxmorph.config.settings import ModelConfig
-from jaxmorph.model.architecture import RANK_AXES, gpt_axis_sizes, gpt_signatures, lora_adapters
+from jaxmorph.model.architecture import RANK_AXES, gpt_signatures, lora_adapters
 from jaxmorph.model.blocks import Params
 from jaxmorph.model.lora import detour
 from jaxmorph.morphs.axis_map import FRESH, AxisMap, pad, renew
@@ -45,14 +45,14 @@ def merge_lora_weights(
       transition: of an architecture with adapters, which does not change.
       fresh_nu: second moments of the new adapters, as a multiple of the old ones' mean.
     """
-    config = transition.after
-    sizes = {axis: size for axis, size in gpt_axis_sizes(config).items() if axis in RANK_AXES}
-    maps = [renew(axis, size) for axis, size in sizes.items() if size]
-    merged = dataclasses.replace(transition.state, params=_merged(config, transition.state))
-    return morph_gpt(dataclasses.replace(transition, state=merged), maps, fresh_nu=fresh_nu)
+    sizes = {axis: size for axis, (size, _) in _ranks(transition).items() if size}
+    maps = [renew(axis, size) for axis, size in sizes.items()]
+    return morph_gpt(_merged(transition, sizes), maps, fresh_nu=fresh_nu)
 
 
-def change_ranks(transition: Transition, *, fresh_nu: float = 1.0) -> tuple[TrainState, Report]:
+def change_ranks(
+    transition: Transition, *, fresh_nu: float = 1.0, merge_first: bool = False
+) -> tuple[TrainState, Report]:
     """Return the GPT with different adapter ranks and the same alpha.
 
     A larger rank is exact: A gets fresh columns, B gets zero rows and is scaled up by the factor by
@@ -62,27 +62,46 @@ def change_ranks(transition: Transition, *, fresh_nu: float = 1.0) -> tuple[Trai
     Args:
       transition: to an architecture with another rank of its existing adapters, at most d_model.
       fresh_nu: see `FreshStart`.
+      merge_first: merge the adapters whose rank changes into their weights, and begin new ones of the
+        new rank, as `merge_lora_weights` does: exact for every rank.
     """
-    sizes = {axis: transition.sizes(axis) for axis in sorted(RANK_AXES)}
-    changed = {axis: (old, new) for axis, (old, new) in sizes.items() if old != new}
+    changed = {axis: sizes for axis, sizes in _ranks(transition).items() if sizes[0] != sizes[1]}
+    if merge_first:
+        maps = [
+            AxisMap(axis, old, np.full(new, FRESH), np.ones(new))
+            for axis, (old, new) in changed.items()
+        ]
+        return morph_gpt(_merged(transition, changed), maps, fresh_nu=0.0)
     maps = [_rank_map(axis, old, new) for axis, (old, new) in changed.items()]
     moved, report = morph_gpt(transition, maps, fresh_nu=fresh_nu)
     smaller = {axis: new for axis, (old, new) in changed.items() if new < old}
     if not smaller:
         return moved, report
     factors, errors = _approximated(transition.before, transition.state.params, smaller)
-    params = traverse_util.flatten_dict(moved.params, sep="/") | factors
+    params = _by_path(moved.params) | factors
     moved = dataclasses.replace(moved, params=traverse_util.unflatten_dict(params, sep="/"))
     return moved, _reported(report, factors, errors)
 
 
-def _merged(config: ModelConfig, state: TrainState) -> Params:
-    """Return the parameters with the adapters added to their weights, but not removed."""
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(state.params, sep="/"))
+def _ranks(transition: Transition) -> dict[str, tuple[int, int]]:
+    """Return every rank before and after."""
+    return {axis: transition.sizes(axis) for axis in sorted(RANK_AXES)}
+
+
+def _merged(transition: Transition, axes: Collection[str]) -> Transition:
+    """Return the transition with the adapters of some ranks added to their weights, not removed."""
+    config, state = transition.before, transition.state
+    signatures, flat = gpt_signatures(config), _by_path(state.params)
     for base, (a, b) in lora_adapters(config).items():
-        alpha = state["lora_alpha"]
-        flat[base] = flat[base] + detour(config, base, flat[a], flat[b], alpha)
-    return traverse_util.unflatten_dict(flat, sep="/")
+        if set(axes) & set(signatures[a].axes):
+            product = detour(config, base, flat[a], flat[b], state["lora_alpha"])
+            flat[base] = flat[base] + product
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return dataclasses.replace(transition, state=dataclasses.replace(state, params=params))
+
+
+def _by_path(params: Params) -> dict[str, Any]:
+    return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
 def _rank_map(axis: str, old: int, new: int) -> AxisMap:
@@ -100,7 +119,7 @@ def _approximated(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Return adapters of smaller ranks, and the relative error of each product; both by path."""
     signatures = gpt_signatures(config)
-    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="/"))
+    flat = _by_path(params)
     factors, errors = {}, {}
     for base, (a, b) in lora_adapters(config).items():
         for axis in ranks.keys() & set(signatures[a].axes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import optax
@@ -33,6 +34,7 @@ class Transition:
       key: PRNG key for anything random.
       parts: declares the state's variables, and the optimizer fields that mirror no parameter.
       frozen_layers: layers that are not trained: before, and after.
+      value: the operation's own, for what sizes do not say.
     """
 
     before: ModelConfig
@@ -42,6 +44,7 @@ class Transition:
     key: jax.Array
     parts: Parts = field(default_factory=Parts)
     frozen_layers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    value: Any = None
 
     def sizes(self, axis: str) -> tuple[int, int]:
         """Return the sizes of an axis before and after."""

@@ -4,18 +4,22 @@ A copied unit splits its contribution with the unit it copies (Chen et al. 2015,
 1511.05641), which preserves the function; so does a fresh unit that contributes nothing yet (Gesmundo
 & Maile 2023, arXiv 2308.06103). With even shares copies stay equal for ever; `split` draws a random
 share per weight (after Wang et al. 2023, LEMON, arXiv 2310.07999). The residual stream is duplicated
-as a whole, with even shares, so that its norms' statistics do not change (Chen et al. 2021,
-bert2BERT, arXiv 2110.07143).
+as a whole, so that its norms' statistics do not change (Chen et al. 2021, bert2BERT, arXiv
+2110.07143).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxmorph.cli.errors import InputError
-from jaxmorph.morphs.axis_map import duplicate
+from jaxmorph.morphs.change import Change
 from jaxmorph.morphs.gpt.stage import Transition, morph_gpt
 from jaxmorph.morphs.report import Report
 from jaxmorph.morphs.widen import widen
 from jaxmorph.step.state import TrainState
+
+EMBED_RECIPES = ("split", "even")
 
 
 def widen_mlp(
@@ -30,7 +34,7 @@ def widen_mlp(
     """Return the GPT with wider MLPs. Exact except with recipe `noise`.
 
     Args:
-      transition: to an architecture with a larger d_ff.
+      transition: to an architecture with a larger d_ff, or the same.
       recipe: see `widen`.
       spread: see `widen`.
       noise: see `widen`.
@@ -38,11 +42,10 @@ def widen_mlp(
       fresh_nu: see `FreshStart`.
 
     Raises:
-      InputError: an unknown recipe, or no growth.
+      InputError: an unknown recipe, or a smaller size.
     """
-    old, new = transition.sizes("mlp")
-    change = widen("mlp", to=new, recipe=recipe, spread=spread, noise=noise).from_size(old)
-    return morph_gpt(transition, [change], moments=moments, fresh_nu=fresh_nu)
+    change = widen("mlp", to=transition.sizes("mlp")[1], recipe=recipe, spread=spread, noise=noise)
+    return _widened(transition, change, moments=moments, fresh_nu=fresh_nu)
 
 
 def widen_heads(
@@ -59,7 +62,7 @@ def widen_heads(
     A copied head gets the gate of its source; a fresh head's gate is open.
 
     Args:
-      transition: to an architecture with a larger n_heads.
+      transition: to an architecture with a larger n_heads, or the same.
       recipe: see `widen`.
       spread: see `widen`.
       noise: see `widen`.
@@ -67,29 +70,41 @@ def widen_heads(
       fresh_nu: see `FreshStart`.
 
     Raises:
-      InputError: an unknown recipe, or no growth.
+      InputError: an unknown recipe, or a smaller size.
     """
-    old, new = transition.sizes("head")
-    change = widen("head", to=new, recipe=recipe, spread=spread, noise=noise).from_size(old)
-    return morph_gpt(transition, [change], moments=moments, fresh_nu=fresh_nu)
+    change = widen(
+        "head", to=transition.sizes("head")[1], recipe=recipe, spread=spread, noise=noise
+    )
+    return _widened(transition, change, moments=moments, fresh_nu=fresh_nu)
 
 
-def widen_embed(transition: Transition, *, recipe: str = "even") -> tuple[TrainState, Report]:
+def widen_embed(
+    transition: Transition, *, recipe: str = "split", spread: float = 1.0
+) -> tuple[TrainState, Report]:
     """Return the GPT with its residual stream widened by an integer factor.
 
-    Every entry of the stream is duplicated with even shares: exact, tied or not, with LayerNorm and
-    RMSNorm. Other shares, or copying only some entries, would change the norms' statistics. Copies
-    stay equal during training until another change or dropout breaks the symmetry.
+    Every entry of the stream is duplicated, so its norms' statistics do not change; shares affect only
+    what reads from it. Exact, tied or not, with LayerNorm and RMSNorm.
 
     Args:
-      transition: to an architecture whose d_model is an integer multiple, at least 2, of the old one.
-      recipe: `even`, the only one that is exact here.
+      transition: to an architecture whose d_model is an integer multiple of the old one.
+      recipe: `split`: random shares, so that the copies part in training; `even`: equal shares, whose
+        copies stay equal until another change or dropout breaks the symmetry.
+      spread: see `widen`.
 
     Raises:
       InputError: another recipe.
     """
-    if recipe != "even":
-        raise InputError("recipe", "", recipe, "even, as other shares would change the norms")
+    if recipe not in EMBED_RECIPES:
+        expected = f"one of {', '.join(EMBED_RECIPES)}, as others would change the norms"
+        raise InputError("recipe", "", recipe, expected)
     old, new = transition.sizes("embed")
     assert new % old == 0, (old, new)
-    return morph_gpt(transition, [duplicate("embed", old, new)])
+    return _widened(transition, widen("embed", to=new, recipe=recipe, spread=spread))
+
+
+def _widened(transition: Transition, change: Change, **options: Any) -> tuple[TrainState, Report]:
+    """Return the GPT after a change, or as it is if its size stays."""
+    old, new = transition.sizes(change.axis)
+    maps = [] if old == new else [change.from_size(old)]
+    return morph_gpt(transition, maps, **options)
