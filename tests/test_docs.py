@@ -1,8 +1,10 @@
 """What the documents say is so: their code runs, their files exist, their tables are the code's."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import re
 import sys
@@ -36,11 +38,14 @@ from jaxmorph.step.schedules import SCHEDULERS
 from jaxmorph.step.sharding import make_mesh
 from jaxmorph.step.state import VARIABLES, Start
 from jaxmorph.storage.formats import FormatError, check_format
+from jaxmorph.train import main as train_main
 from jaxmorph.training.adjustments import ADJUSTMENTS
 from jaxmorph.training.announcement import announcement
+from jaxmorph.training.ending import stopped
 from jaxmorph.training.loop import train
 from jaxmorph.training.operate import OperationResult
 from jaxmorph.training.position import Position
+from jaxmorph.training.resume import CheckpointRecord, check_unchanged
 from jaxmorph.training.tables import Tables
 from jaxmorph.training.turns import TURNS, Turn
 
@@ -49,13 +54,34 @@ COMING_FROM = "docs/coming_from.md"
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", COMING_FROM)
 every_document = pytest.mark.parametrize("document", DOCUMENTS)
 README = (ROOT / "README.md").read_text()
+EXAMPLES = ROOT / "docs" / "examples" / "demo"  # what benchmarks/readme_outputs.py recorded
+
+# Commands whose output README shows, run in a folder with FILES.
+SHOWN = [
+    (train_main, "--config my.yaml"),
+    (train_main, "--n_heads 5"),
+    (train_main, "--epsilon 1e-300"),
+    (
+        train_main,
+        "--n_layers 1 --d_model 16 --n_heads 2 --scaling_schedule_file my_schedule.yaml --dry_run",
+    ),
+    (
+        plot.main,
+        "schedule --warmup_steps 500 --total_steps 5000 --max_lr 6e-4 --min_lr_ratio 0.1 --save lr.png",
+    ),
+    (plot.main, f"run {EXAMPLES} --save losses.png"),
+]
+FILES = {
+    "my.yaml": "n_layer: 4\n",
+    "my_schedule.yaml": "- {name: widen_mlp, value: 1.013, trigger_loss: 2, reevaluate: true}\n",
+}
 
 
 def blocks(document: str, language: str) -> list[str]:
     """The fenced blocks of a language, in the order they stand."""
     text = (ROOT / document).read_text()
     found = re.finditer(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(match[2]) for match in found]
+    return [re.sub(rf"^{match[1]}", "", match[2], flags=re.MULTILINE) for match in found]
 
 
 def block_with(document: str, language: str, words: str) -> str:
@@ -201,36 +227,83 @@ def test_readmes_schedule_can_be_read(tmp_path):
     ]
 
 
-def test_readmes_lines_of_a_run_are_what_a_run_writes():
-    line = json.loads(block_with("README.md", "json", "train/loss"))
-    assert set(line) <= {"step", *(metric.name for metric in DEFAULT)}
-    means = {"val/loss": 1.5630533695220947, "val/accuracy": 0.604443359375}
-    words = [f"{m.label} {m.written(means[m.name])}" for m in LM_METRICS if m.name in means]
-    assert f"\nstep 500: {', '.join(words)}\n" in README
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> list[str]:
+    """All that README may show: what is printed now, and what the demo printed."""
+    folder = tmp_path_factory.mktemp("shown")
+    outputs = []
+    for name, content in FILES.items():
+        (folder / name).write_text(content)
+    with contextlib.chdir(folder):
+        for command, words in SHOWN:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                command(words.split())
+            outputs.append(said.getvalue().replace(f"{folder}/", ""))
+    record = CheckpointRecord(Position(), small_config(), {"learning_rate": 0.002}, "", [])
+    with pytest.raises(InputError) as changed:
+        check_unchanged(record, {"learning_rate": 0.001}, "", "runs/demo")
+    with pytest.raises(FormatError) as old:
+        check_format(Path("runs/old/checkpoints/900"), {"format": 1})
+    outputs += [f"error: {error.value}\n" for error in (changed, old)]
+    return outputs + [(EXAMPLES / name).read_text() for name in ("stopped.txt", "resumed.txt")]
 
 
-def test_readmes_announcement_is_what_an_operation_says():
+@pytest.mark.parametrize("block", blocks("README.md", "text"))
+def test_readmes_outputs_are_those_of_the_programs(block, printed):
+    """Dots stand for lines left out; the lines of one part stand together in an output."""
+    for part in block.split("...\n"):
+        for error in [line for line in part.splitlines() if line.startswith("error:")] or [part]:
+            assert any(error in f"\n{output}" for output in printed), error
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EXAMPLES / name).read_text().splitlines()]
+
+
+def test_the_recorded_lines_are_what_a_run_prints_now():
+    """Of the demo, which takes minutes: its own functions on its own numbers."""
+    said = "".join((EXAMPLES / name).read_text() for name in ("stopped.txt", "resumed.txt"))
+    for line in recorded("metrics.jsonl"):
+        means = [(m, line[m.name]) for m in LM_METRICS if m.name in ("val/loss", "val/accuracy")]
+        words = [f"{metric.label} {metric.written(mean)}" for metric, mean in means]
+        assert f"step {line['step']}: {', '.join(words)}\n" in said
+    found = re.search(r"Stopped .* at step (\d+) (?s:.*)", said.partition("Report:")[0])
+    assert found
+    words = stopped(
+        "Ctrl-C", int(found[1]), 500, "python -m jaxmorph.train --config configs/demo.yaml"
+    )
+    assert found[0] == "".join(f"{line}\n" for line in words)
+    assert f"Resuming at step {found[1]}.\n" in said
+
+
+@pytest.mark.parametrize("line", recorded("operations.jsonl"), ids=lambda line: line["name"])
+def test_the_recorded_announcements_are_what_an_operation_says_now(line):
     settings, _ = resolve(["--config", str(ROOT / "configs" / "demo.yaml")])
     plan = make_plan(settings, None).completed(vocab_size=256, total=500)
-    lines = (Line("", "mu", "transported", 2_919_171), Line("", "mu", "fresh", 738_816))
+    index, fired = line["index"], [one["step"] for one in recorded("operations.jsonl")]
     done = OperationResult(
-        before=plan.stages[1],
-        after=plan.stages[2],
-        position=Position(step=250, val_loss=1.78703, last_operation_step=100),
-        reason="loss",
-        report=Report(lines),
-        function_delta=3.11e-7,
-        seconds=0.03,
-        waited=0.0,
+        before=plan.stages[index],
+        after=plan.stages[index + 1],
+        position=Position(
+            step=line["step"],
+            val_loss=line["val_loss_before"],
+            last_operation_step=([0, *fired])[index],
+        ),
+        reason=line["reason"],
+        report=Report(tuple(Line("", "mu", fate, n) for fate, n in line["moments"].items())),
+        function_delta=line["function_delta"],
+        seconds=line["seconds"],
+        waited=line["compile_wait_seconds"],
     )
-    shown = block_with("README.md", "text", "Operation 2 of 3 at step 250: stack_layers 2 ===\n  ")
-    assert announcement(done, 3) in shown
+    said = "".join((EXAMPLES / name).read_text() for name in ("stopped.txt", "resumed.txt"))
+    assert f"{announcement(done, 3)}\n" in said
 
 
-def test_readmes_refusal_of_an_old_checkpoint_is_what_is_said():
-    with pytest.raises(FormatError) as refused:
-        check_format(Path("runs/old/checkpoints/900"), {"format": 1})
-    assert f"error: {refused.value}\n" in README
+def test_readmes_line_of_a_log_is_one_of_the_demos():
+    [line] = blocks("README.md", "json")
+    assert line in (EXAMPLES / "metrics.jsonl").read_text()
+    assert set(json.loads(line)) <= {"step", *(metric.name for metric in DEFAULT)}
 
 
 def test_readme_grows_a_model_of_ones_own():

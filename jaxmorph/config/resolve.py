@@ -43,7 +43,7 @@ def resolve(
     path, fields = _config_path(argv), fields_of(type(defaults))
     values = read_settings(path, fields) if path else {}
     settings = parse(with_values(defaults, values), argv, prog or program("train"), _DESCRIPTION)
-    sources = Sources(str(path), frozenset(values), _flags_in(argv, fields))
+    sources = Sources(str(path), frozenset(values), _flags_in(argv, fields), tuple(argv))
     return checked(settings, sources, path), sources
 
 

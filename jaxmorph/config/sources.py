@@ -1,4 +1,4 @@
-"""Where each setting was given, so that an error can point there."""
+"""Where each setting was given, so that an error can point there, and the run be repeated."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ class Sources:
       file: the YAML file, as the user named it.
       in_file: the settings it contains.
       flags: those given as flags, which override it.
+      words: the arguments as given, after the program's name.
     """
 
     file: str
     in_file: frozenset[str]
     flags: frozenset[str]
+    words: tuple[str, ...] = ()
 
     def given(self, name: str) -> bool:
         """Return whether the user gave `name`, in either place."""

@@ -9,6 +9,7 @@ from jaxmorph.config.run_shape import OperationError, RunShape, divided, scaled_
 from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Settings
 
 DEFAULT_MAX_STEPS = 2000
+_MANY_PASSES = 20  # over a corpus; more is a warning
 Number = TypeVar("Number", int, float)
 
 
@@ -112,7 +113,7 @@ def warmup_steps(settings: Settings, total: int) -> int:
 
 
 def start_warnings(settings: Settings, start: RunShape) -> list[str]:
-    """Return a sentence for each count that was rounded at the start."""
+    """Return a sentence for each count that was rounded at the start, and for many epochs."""
     counts = _counts(settings)
     if settings.optimizer.warmup_steps:
         counts["warmup_steps"] = settings.optimizer.warmup_steps, "warmup_iters_multiplier"
@@ -121,7 +122,17 @@ def start_warnings(settings: Settings, start: RunShape) -> list[str]:
         factor, got = getattr(settings.growth, multiplier), getattr(start, name)
         if abs(count * factor - got) > 1e-9 * got:
             warnings.append(f"{name}: {count} × {factor:g} = {count * factor:g}, rounded to {got}")
-    return warnings
+    return warnings + passes_warnings(settings.run.num_epochs or 0)
+
+
+def passes_warnings(passes: float) -> list[str]:
+    """Return a sentence if a run reads its training text very often."""
+    if passes <= _MANY_PASSES:
+        return []
+    return [
+        f"the run reads its training text {passes:.3g} times; after more than {_MANY_PASSES} a model "
+        "often learns it by heart, and the validation loss rises: more text or fewer steps help"
+    ]
 
 
 def known_vocab_size(settings: Settings) -> int | None:

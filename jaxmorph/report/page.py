@@ -18,6 +18,7 @@ from jaxmorph.report.drawing import rendered
 from jaxmorph.report.figures import figure_title, run_figures
 from jaxmorph.report.run_record import FiredOperation, RunRecord, read_run, throughput
 from jaxmorph.report.timeline import architecture_figure
+from jaxmorph.report.waiting import read_waiting
 from jaxmorph.step.metrics import Metric, by_figure, objective
 from jaxmorph.system.files import refusing_bad_paths, replace_file
 
@@ -151,6 +152,7 @@ def _page(run: RunRecord, images: dict[str, bytes], sources: str) -> str:
         *(_figure(n, images[n]) for n in wide),
         f'<div class="pair">{"".join(_figure(n, images[n]) for n in small)}</div>',
         _operations(run),
+        _waiting(run),
         _settings(run.settings),
         "</main>\n</body>\n</html>\n",
     ]
@@ -216,12 +218,31 @@ def _operations(run: RunRecord) -> str:
         return ""
     judged = objective(run.metrics) or Metric("", "")
     rows = [_operation(operation, judged) for operation in run.operations]
-    head = "".join(f"<th>{title}</th>" for title in rows[0])
+    return f"<section><h2>Operations</h2>{_table(rows)}</section>"
+
+
+def _waiting(run: RunRecord) -> str:
+    """Return the section on operations that have not fired, "" if all have."""
+    step, waiting = read_waiting(run.folder)
+    fired = len(run.operations)  # some may have fired since the file was written
+    rows = [
+        {"entry": str(one.number), "operation": one.operation, "waits for": one.waits_for}
+        for one in waiting
+        if one.number > fired
+    ]
+    if not rows:
+        return ""
+    title = f"Operations that had not fired by step {step:,}"
+    return f"<section><h2>{title}</h2>{_table(rows)}</section>"
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    """Return a table of the rows' texts, by title."""
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
     body = "".join(
         f"<tr>{''.join(f'<td>{_text(text)}</td>' for text in row.values())}</tr>" for row in rows
     )
-    table = f"<table><tr>{head}</tr>{body}</table>"
-    return f"<section><h2>Operations</h2>{table}</section>"
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _operation(operation: FiredOperation, judged: Metric) -> dict[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from jaxmorph.growth.forecast import step_flops, tokens_per_step
 from jaxmorph.growth.plan import Stage
-from jaxmorph.model.architecture import flops_per_token, parameter_count
+from jaxmorph.model.architecture import parameter_count
 from jaxmorph.step.programs import Programs
 from jaxmorph.step.task import Batch, Stream
 from jaxmorph.training.position import Position
@@ -36,14 +37,12 @@ class ActiveStage:
     def after_step(self, position: Position) -> Position:
         """Return the position after one more update."""
         shape = self.stage.shape
-        tokens = self.examples_per_step * shape.model.seq_len
-        flops = tokens * flops_per_token(shape.model, shape.frozen_layers)
         return dataclasses.replace(
             position,
             step=position.step + 1,
             examples=position.examples + self.examples_per_step,
-            tokens=position.tokens + tokens,
-            flops=position.flops + flops,
+            tokens=position.tokens + tokens_per_step(shape),
+            flops=position.flops + step_flops(shape),
         )
 
     def moved_from(self, before: ActiveStage, position: Position) -> Position:

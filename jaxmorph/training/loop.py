@@ -28,6 +28,7 @@ from jaxmorph.storage.start_log import record_start, software_facts
 from jaxmorph.system.files import refusing_bad_paths, replace_text
 from jaxmorph.system.peak_flops import peak_flops
 from jaxmorph.system.signals import StopSignals
+from jaxmorph.training.ending import ending, is_finished, not_fired
 from jaxmorph.training.operate import OperationFailedError
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup, prepare
@@ -36,6 +37,7 @@ from jaxmorph.training.run import Run
 from jaxmorph.training.run_logs import NO_LINES
 from jaxmorph.training.step_log import DivergedError, StepLog
 from jaxmorph.training.tables import Tables
+from jaxmorph.training.time_left import TimeLeft
 from jaxmorph.training.trackers import make_trackers
 from jaxmorph.training.turns import TURNS, Turn, check_turns, retry_operation, take_turns
 
@@ -57,7 +59,7 @@ def train(
       turns: what happens after each step, in this order, the last one "save"; None: `TURNS`.
 
     Returns:
-      The exit status: 0 done, 1 failed, 143 or 130 stopped by a signal after saving.
+      The exit status: 0 done, 1 failed, 143, 130 or 129 stopped by a signal after saving.
 
     Raises:
       InputError: bad input, before the first step.
@@ -72,8 +74,10 @@ def train(
         setup = prepare(plan, sources, run_dir, tables)
         with _closing(setup.checkpoints), _closing(setup.compiler), _closing(setup.logs):
             state, position, resumed = begin_or_resume(setup)
-            if position.step >= setup.total_steps and position.pending is None:
+            if is_finished(setup, position):
                 say(f"The run is finished: step {position.step} of {setup.total_steps}.")
+                for line in not_fired(setup, position):
+                    say(line)
                 status = 0
             else:
                 _record_start(setup, position, resumed=resumed)
@@ -130,10 +134,15 @@ def run_steps(
         make_progress(kind, position.step, setup.total_steps) as progress,
         _closing(_step_log(setup, position, progress)) as log,
     ):
-        run = Run(setup, state, position, log, progress, signals)
+        with progress.doing("compiling"):
+            run = Run(setup, state, position, log, progress, signals)
         _run_loop(run, turns, resumed=resumed)
-    setup.checkpoints.wait()
-    return 0 if signals.received is None else signals.exit_status
+        with progress.doing("saving"):
+            setup.checkpoints.wait()
+    for line in ending(setup, run.position, signals):
+        say(line)
+    stopped = signals.received is not None and not is_finished(setup, run.position)
+    return signals.exit_status if stopped else 0
 
 
 @contextlib.contextmanager
@@ -218,10 +227,10 @@ def _step_log(setup: Setup, position: Position, progress: Progress) -> StepLog:
     settings = setup.settings
     log = StepLog(
         setup.logs.metrics,
-        make_trackers(settings.run, setup.run_dir, values_of(settings)),
+        make_trackers(settings.run, setup.run_dir, values_of(settings), position.step),
         progress,
         settings.run,
-        setup.total_steps,
+        TimeLeft(setup.plan.stages, setup.total_steps, position.last_operation_step),
         peak_flops(list(setup.mesh.devices.flat), settings.model.dtype),
         setup.tables.step.train_loss,
     )

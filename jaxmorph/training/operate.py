@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +97,7 @@ def perform(
     position: Position,
     reason: Reason,
     probe_tokens: np.ndarray,
+    doing: Callable[[str], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[TrainState, OperationResult]:
     """Return the state after the next operation of the plan, and what the operation did.
 
@@ -106,6 +109,7 @@ def perform(
       position: its position; its `next_operation` is performed.
       reason: what triggered the operation.
       probe_tokens: [rows, tokens] to compare the function on, at least as many as the probe needs.
+      doing: shows what goes on within its context.
 
     Raises:
       Exception: the reason it failed, such as out of memory or a state that would not be finite.
@@ -115,16 +119,19 @@ def perform(
     before, after = plan.stages[index : index + 2]
     entry = after.entry
     assert entry is not None
-    compiler.programs(index + 1)  # before anything is changed, as compiling them may fail
-    change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
+    words = f"operation {entry.number}, {entry.title}"
+    with doing(f"compiling for {words}"):  # before anything is changed, as it may fail
+        compiler.programs(index + 1)
+        change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
     waited = time.monotonic() - start
-    if change is not None:
-        state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
-    else:
-        report, delta = Report(()), None
-        allow = plan.settings.optimizer.allow_warmup_past_end
-        shapes, adjustments = (before.shape, after.shape), compiler.tables.adjustments
-        state = adjusted(entry, *shapes, state, adjustments, allow_past_end=allow)
+    with doing(words):
+        if change is not None:
+            state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
+        else:
+            report, delta = Report(()), None
+            allow = plan.settings.optimizer.allow_warmup_past_end
+            shapes, adjustments = (before.shape, after.shape), compiler.tables.adjustments
+            state = adjusted(entry, *shapes, state, adjustments, allow_past_end=allow)
     seconds = time.monotonic() - start
     crash_point("after_operation")
     return state, OperationResult(before, after, position, reason, report, delta, seconds, waited)

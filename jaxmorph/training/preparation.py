@@ -11,12 +11,15 @@ from jax.sharding import Mesh
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.printing import say
+from jaxmorph.cli.typed_command import typed_command
 from jaxmorph.config.checks import checked_total
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.sources import Sources
+from jaxmorph.config.start import passes_warnings
 from jaxmorph.data.loading import TokenizedCorpus, load_tokens
+from jaxmorph.growth.forecast import stages_ahead, tokens_per_step
 from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.summary import describe
 from jaxmorph.model.architecture import parameter_count
@@ -44,6 +47,7 @@ class Setup:
     logs: RunLogs
     run_dir: Path
     tables: Tables
+    command: str  # goes on with the run, typed in the same folder
 
     @property
     def settings(self) -> Settings:
@@ -100,7 +104,14 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
         logs=RunLogs(run_dir),
         run_dir=run_dir,
         tables=tables,
+        command=_command(settings, sources),
     )
+
+
+def _command(settings: Settings, sources: Sources) -> str:
+    """Return the command that goes on with a run that was started like this."""
+    typed = typed_command(sources.words, "jaxmorph.train")
+    return typed if settings.run.resume else f"{typed} --resume"  # the last word on it counts
 
 
 def _streams(plan: Plan, corpus: TokenizedCorpus, task: Task) -> dict[int, Stream]:
@@ -151,6 +162,8 @@ def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) 
     device = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind}"
     say(f"jaxmorph on jax {jax.__version__}, {device}")
     say(describe(plan.settings, plan.start, total=total, corpus=corpus.description))
+    for warning in _passes_warnings(plan, corpus, total):
+        say(f"warning: {warning}")
     for stage in plan.stages:
         place = f"{stage.entry.number} of the schedule: " if stage.entry else ""
         for warning in stage.warnings:
@@ -160,3 +173,13 @@ def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) 
         grows = f", from {start:,} to {end:,} parameters" if start != end else ""
         count = f"{len(plan.entries)} operation{'s' * (len(plan.entries) > 1)}"
         say(f"Schedule: {count}{grows} (--dry_run shows each)")
+
+
+def _passes_warnings(plan: Plan, corpus: TokenizedCorpus, total: int) -> list[str]:
+    """Return a warning if the steps read the corpus very often, unless the epochs already say so."""
+    tokens = sum(
+        (span.end - span.begin) * tokens_per_step(span.stage.shape)
+        for span in stages_ahead(plan.stages, total)
+    )
+    said = passes_warnings(plan.settings.run.num_epochs or 0)
+    return [] if said else passes_warnings(tokens / len(corpus.train))

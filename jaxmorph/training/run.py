@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.signals import StopSignals
 from jaxmorph.training.active_stage import ActiveStage
 from jaxmorph.training.announcement import announcement
+from jaxmorph.training.ending import record_waiting
 from jaxmorph.training.operate import OperationFailedError, OperationResult, failure, perform
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup
@@ -181,14 +183,16 @@ class Run:
             # An operation that had failed here is done. First, as it does not know the lines to come.
             self.setup.checkpoints.discard(self.step)
         self._saved = self.position
-        self.log.flush()
-        record = CheckpointRecord.of(self.setup, self.position)
-        self.setup.checkpoints.save(
-            self.step,
-            leaves_by_path(self.state),
-            record.to_meta(),
-            score=self.position.val_loss,
-        )
+        with self.progress.doing("saving"):
+            self.log.flush()
+            record_waiting(self.setup, self.position)
+            record = CheckpointRecord.of(self.setup, self.position)
+            self.setup.checkpoints.save(
+                self.step,
+                leaves_by_path(self.state),
+                record.to_meta(),
+                score=self.position.val_loss,
+            )
 
     def _operate(self, reason: Reason) -> None:
         self.log.flush_to_held()  # no step is in flight from here on
@@ -207,6 +211,7 @@ class Run:
             result.record(self.position.val_loss if entry.reevaluate else None)
         )
         crash_point("operation_recorded")
+        self.log.operated(self.step, entry.number, self._announcement(result))
         self.setup.compiler.prefetch_after(self.position.next_operation)
         self.log.restart_clock()
 
@@ -214,12 +219,17 @@ class Run:
         """Apply the next operation to the state, and activate the stage after it."""
         setup, before = self.setup, self.active
         probe = setup.tables.step.task.inputs(before.validation[0])
-        self.state, result = perform(setup.compiler, self.state, self.position, reason, probe)
+        self.state, result = perform(
+            setup.compiler, self.state, self.position, reason, probe, self.progress.doing
+        )
         position = self.position.after_operation()
         self.active = setup.activate(position.next_operation)
         self.position = self.active.moved_from(before, position)
-        self.progress.note(announcement(result, len(setup.plan.entries)))
+        self.progress.note(self._announcement(result))
         return result
+
+    def _announcement(self, result: OperationResult) -> str:
+        return announcement(result, len(self.setup.plan.entries))
 
     def _evaluate_again(self) -> None:
         """Evaluate right after an operation."""
@@ -233,12 +243,14 @@ class Run:
     def _measured(self, crash: str) -> dict[str, float]:
         """Return the mean of each of the task's measures over the validation batches."""
         self.log.flush_to_held()
-        results = []
-        for batch in self.active.validation:
-            placed = place_batch(self.setup.mesh, batch)
-            results.append(self.active.programs.evaluate(self.state, placed))
-            crash_point(crash)
-        parts, task = jax.device_get(results), self.setup.tables.step.task
+        results, start = [], time.monotonic()
+        with self.progress.doing("evaluating"):
+            for batch in self.active.validation:
+                placed = place_batch(self.setup.mesh, batch)
+                results.append(self.active.programs.evaluate(self.state, placed))
+                crash_point(crash)
+            parts, task = jax.device_get(results), self.setup.tables.step.task
+        self.log.evaluated(time.monotonic() - start, self.stage.number)
         sums = {
             name: Mean(*(np.float64(math.fsum(part[name][k] for part in parts)) for k in (0, 1)))
             for name in parts[0]

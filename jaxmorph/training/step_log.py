@@ -18,6 +18,7 @@ from jaxmorph.cli.progress import Progress
 from jaxmorph.config.settings import RunSettings
 from jaxmorph.step.metrics import Metric
 from jaxmorph.storage.json_lines import JsonLines
+from jaxmorph.training.time_left import TimeLeft
 from jaxmorph.training.trackers import Tracker
 
 _STEPS_IN_FLIGHT = 2
@@ -36,7 +37,7 @@ class StepLog:
       trackers: TensorBoard, W&B.
       progress: the display.
       settings: intervals and limits.
-      total_steps: the step the run ends at.
+      time_left: the estimate of the time left, kept up to date here.
       peak_flops: of all devices together; None if unknown.
       loss: the metric shown as the loss.
     """
@@ -47,18 +48,18 @@ class StepLog:
         trackers: list[Tracker],
         progress: Progress,
         settings: RunSettings,
-        total_steps: int,
+        time_left: TimeLeft,
         peak_flops: float | None,
         loss: Metric,
     ):
         self._lines, self._trackers, self._progress = lines, trackers, progress
-        self._settings, self._total, self._peak = settings, total_steps, peak_flops
-        self._loss = loss
+        self._settings, self._peak, self._loss = settings, peak_flops, loss
+        self._time_left = time_left
         self._pending: deque[tuple[Totals, dict[str, jax.Array]]] = deque()
         self._held: dict[str, Any] | None = None  # the newest line, to which an evaluation may add
         self._then = time.monotonic()
         self._seconds, self._steps, self._tokens, self._flops = 0.0, 0, 0, 0
-        self._pace: float | None = None  # smoothed seconds per step, without the compiling first
+        self._flops_before = 0
 
     def step(self, after: Totals, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics of a step just dispatched; write those of finished steps.
@@ -87,10 +88,28 @@ class StepLog:
         """Restart the step timer, to exclude evaluations and operations."""
         self._then = time.monotonic()
 
+    def evaluated(self, seconds: float, stage: int) -> None:
+        """Take the time of an evaluation, in stage number `stage`."""
+        self._time_left.evaluated(seconds, stage)
+
+    def operated(self, step: int, number: int, text: str) -> None:
+        """Take an operation that has fired after `step`.
+
+        Args:
+          step: the step.
+          number: the operation's in the schedule.
+          text: what it said.
+        """
+        self._time_left.last_operation_step = step
+        for tracker in self._trackers:
+            tracker.operation(step, number, text)
+
     def flush(self) -> None:
-        """Wait for every dispatched step, and write all lines."""
+        """Wait for every dispatched step, and write all lines, in trackers as well."""
         self.flush_to_held()
         self._write_held()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def flush_to_held(self) -> None:
         """Wait for every dispatched step; write all lines but the newest."""
@@ -105,7 +124,7 @@ class StepLog:
 
     def resume_totals(self, tokens: int, flops: int) -> None:
         """Set the initial totals, so that the first rates shown are correct."""
-        self._tokens, self._flops = tokens, flops
+        self._tokens, self._flops, self._flops_before = tokens, flops, flops
 
     def _fetch(self) -> None:
         after, metrics = self._pending.popleft()
@@ -113,7 +132,8 @@ class StepLog:
         self._write_held()
         self._take_time(after)
         self._held = {"step": after["step"]}
-        if after["step"] % self._settings.log_interval == 0 or after["step"] in (1, self._total):
+        step, interval = after["step"], self._settings.log_interval
+        if step % interval == 0 or step in (1, self._time_left.total):
             self._held |= self._full_line(after, values)
         if values["skipped_in_a_row"] >= self._settings.max_nonfinite_steps:
             self._pending.clear()
@@ -129,8 +149,8 @@ class StepLog:
         seconds, self._then = now - self._then, now
         self._seconds += seconds
         self._steps += 1
-        if after["step"] > 1:
-            self._pace = seconds if self._pace is None else 0.95 * self._pace + 0.05 * seconds
+        self._time_left.stepped(seconds, after["flops"] - self._flops_before)
+        self._flops_before = after["flops"]
 
     def _full_line(self, after: Totals, values: dict[str, float]) -> dict[str, Any]:
         line = {name: value for name, value in values.items() if name != "skipped_in_a_row"}
@@ -146,7 +166,7 @@ class StepLog:
             facts += f"  MFU {rates[1] / self._peak:.1%}"
         if skipped := values["train/skipped"]:
             facts += f"  skipped {skipped}"
-        left = None if self._pace is None else (self._total - after["step"]) * self._pace
+        left = self._time_left.seconds(after["step"], after["stage"])
         self._progress.update(after["step"], facts, left)
         return line
 
