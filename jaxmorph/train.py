@@ -11,11 +11,18 @@ from jaxmorph.cli.command_line import run_command
 from jaxmorph.cli.printing import say
 from jaxmorph.config.mesh import parse_mesh
 from jaxmorph.config.resolve import resolve
-from jaxmorph.growth.dry_run import read_curve, simulate, simulation_report, walk_report
+from jaxmorph.growth.dry_run import (
+    memory_report,
+    read_curve,
+    simulate,
+    simulation_report,
+    walk_report,
+)
+from jaxmorph.growth.fitting import Room
 from jaxmorph.growth.operations import OPERATIONS, describe_operations
 from jaxmorph.growth.plan import Plan, make_plan
 from jaxmorph.growth.summary import describe
-from jaxmorph.system.host_memory import keep_freed_memory
+from jaxmorph.system.host_memory import has_accelerator, keep_freed_memory, memory_limits
 
 if TYPE_CHECKING:
     from jaxmorph.training.tables import Tables
@@ -58,12 +65,13 @@ def _dry_run(plan: Plan) -> str:
     settings, total = plan.settings, plan.total_steps
     parts = [describe(settings, plan.start, total=total)]
     parts += [f"warning: {warning}" for warning in plan.stages[0].warnings]
-    if plan.entries:
-        parts.append(walk_report(plan.stages, settings.optimizer))
-        if not plan.start.model.vocab_size:
-            parts.append(
-                "The vocabulary, known once the corpus is read, is not included in the models."
-            )
+    report = walk_report if plan.entries else memory_report
+    if plan.entries or plan.start.model.vocab_size:
+        parts.append(report(plan.stages, settings.optimizer, plan.mesh, _host_room(plan)))
+    if plan.entries and not plan.start.model.vocab_size:
+        parts.append(
+            "The vocabulary, known once the corpus is read, is not included in the models."
+        )
     if settings.growth.simulate_loss:
         curve = read_curve(Path(settings.growth.simulate_loss))
         end = curve[-1][0] if total is None else total
@@ -71,6 +79,13 @@ def _dry_run(plan: Plan) -> str:
         firings = simulate(plan.entries, curve, min_change=min_change, total=end)
         parts.append(simulation_report(plan.entries, firings, end))
     return "\n".join(parts)
+
+
+def _host_room(plan: Plan) -> Room:
+    """Return the memory that is known without JAX: the host's, which a CPU's devices share."""
+    if has_accelerator():
+        return Room()
+    return Room(memory_limits(), sharing=1 if plan.mesh is None else plan.mesh.size)
 
 
 if __name__ == "__main__":

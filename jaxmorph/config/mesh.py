@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxmorph.cli.errors import nearest
 
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that a batch is sharded over
+# parameter axis -> mesh axis; other axes are replicated
+AXIS_RULES = {"embed": "fsdp", "vocab": "tensor", "head": "tensor", "mlp": "tensor"}
 _SIZE = re.compile("0*[1-9][0-9]{0,5}")
 
 
@@ -31,6 +34,34 @@ class MeshShape:
     def batch_parts(self) -> int:
         """Return the number of shards of a batch."""
         return math.prod(getattr(self, axis) for axis in BATCH_AXES)
+
+    @property
+    def size(self) -> int:
+        """Return the number of devices."""
+        return self.data * self.fsdp * self.tensor
+
+    def split(self, axes: Sequence[str], shape: Sequence[int]) -> list[str | None]:
+        """Return the mesh axis that each dimension of an array is sharded over; None: it is whole.
+
+        A dimension is sharded by the rule of its axis, if the mesh axis divides it and is still free.
+
+        Args:
+          axes: the axis of every dimension.
+          shape: its size.
+        """
+        chosen: list[str | None] = []
+        for axis, size in zip(axes, shape, strict=True):
+            name = AXIS_RULES.get(axis)
+            usable = name is not None and size % getattr(self, name) == 0 and name not in chosen
+            chosen.append(name if usable else None)
+        return chosen
+
+    def part(self, axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the part of an array that each device holds."""
+        split = self.split(axes, shape)
+        return tuple(
+            n // getattr(self, by) if by else n for n, by in zip(shape, split, strict=True)
+        )
 
     @property
     def batch_parts_in_words(self) -> str:

@@ -90,7 +90,7 @@ def _own_config(name: str) -> Path | None:
     package = Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")  # installed; in a checkout
     files = (folder / f"{name}.yaml" for folder in folders)
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if os.path.isfile(file)), None)
 
 
 def _flags_in(argv: Sequence[str], fields: Mapping[str, Field]) -> frozenset[str]:

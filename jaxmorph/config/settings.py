@@ -314,6 +314,8 @@ class ScaleSettings:
 
     mesh: Changeable[str] = ""
     """Device mesh, for example data=2,fsdp=4 (axes: data, fsdp, tensor). Default: all on data."""
+    allow_oversized: Changeable[bool] = False
+    """Start even if a stage of the run certainly needs more memory than there is."""
 
 
 @dataclass(frozen=True)

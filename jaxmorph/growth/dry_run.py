@@ -12,9 +12,11 @@ from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.text_file import read_text
-from jaxmorph.cli.wording import aligned, short, short_flops
+from jaxmorph.cli.wording import aligned, short_flops
+from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import RunShape
 from jaxmorph.config.settings import OptimizerSettings
+from jaxmorph.growth.fitting import Forecast, Room, forecasts, in_bytes
 from jaxmorph.growth.plan import Stage
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.growth.triggers import LossTrend, Reason, due
@@ -23,7 +25,6 @@ from jaxmorph.model.architecture import (
     flops_per_token,
     parameter_count,
 )
-from jaxmorph.step.memory import memory
 
 _LARGEST_CURVE = 16_000_000  # bytes: some 600,000 evaluations
 Curve = Sequence[tuple[int, float]]
@@ -50,14 +51,21 @@ class Firing:
     waited: int
 
 
-def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
+def walk_report(
+    stages: Sequence[Stage],
+    optimizer: OptimizerSettings,
+    mesh: MeshShape | None = None,
+    room: Room | None = None,
+) -> str:
     """Return the stages of a run as aligned text: the operation, the model and training of each.
 
-    Models and training are listed only where they change.
+    Models, memory and training are listed only where they change.
 
     Args:
       stages: what `plan.walk` returns.
       optimizer: its state counts towards the memory.
+      mesh: what the memory is spread over; None: a single device.
+      room: the memory there is; None: not known.
     """
     warnings = [
         f"  stage {stage.number}: {warning}" for stage in stages for warning in stage.warnings
@@ -70,8 +78,9 @@ def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
                 *_operations(stages),
             ]
         ),
-        "Models, from the stage named (memory is without activations):",
-        _table([_MODEL_COLUMNS, *_where_changed(_models(stages, optimizer))]),
+        "Models, from the stage named:",
+        _table([_MODEL_COLUMNS, *_where_changed(_models(stages))]),
+        memory_report(stages, optimizer, mesh, room),
         "Training, from the stage named:",
         _table([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
         *(["Warnings:", "\n".join(warnings)] if warnings else []),
@@ -79,9 +88,29 @@ def walk_report(stages: Sequence[Stage], optimizer: OptimizerSettings) -> str:
     return "\n".join(parts)
 
 
+def memory_report(
+    stages: Sequence[Stage],
+    optimizer: OptimizerSettings,
+    mesh: MeshShape | None = None,
+    room: Room | None = None,
+) -> str:
+    """Return the memory of each stage as aligned text, and whether it fits; see `walk_report`."""
+    room = room or Room()
+    memory = forecasts(stages, optimizer, mesh or MeshShape(), room)
+    parts = [
+        "Memory of each device, from the stage named (activations are an estimate):",
+        _table([_MEMORY_COLUMNS, *_memory_rows(memory)]),
+        *_limits(memory, room),
+    ]
+    return "\n".join(parts)
+
+
 _MODEL_COLUMNS = (
     "stage", "layers", "width", "heads", "MLP", "ranks", "context", "parameters", "FLOPs/token",
-    "memory", "= parameters", "+ gradients", "+ optimizer",
+)  # fmt: skip
+_MEMORY_COLUMNS = (
+    "stage", "memory", "= parameters", "+ gradients", "+ optimizer", "activations",
+    "old + new state", "fits",
 )  # fmt: skip
 _TRAINING_COLUMNS = (
     "stage", "batch", "accum.", "tokens/step", "lr ×", "peak lr", "warmup", "alpha", "eval iters",
@@ -125,19 +154,51 @@ def _where_changed(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [(str(number), *row) for number, (last, row) in enumerate(pairs) if row != last]
 
 
-def _models(stages: Sequence[Stage], optimizer: OptimizerSettings) -> list[tuple[str, ...]]:
+def _models(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
     """Return the model's columns at every stage; counted only where a stage has another model."""
     rows: list[tuple[str, ...]] = []
     for before, stage in zip([None, *stages], stages, strict=False):
         same = before is not None and before.shape.program_key == stage.shape.program_key
-        rows.append(rows[-1] if same else _model(stage.shape, optimizer))
+        rows.append(rows[-1] if same else _model(stage.shape))
     return rows
 
 
-def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
-    model, held = shape.model, memory(shape, optimizer)
+def _memory_rows(memory: Sequence[Forecast]) -> list[tuple[str, ...]]:
+    """Return the rows of stages that hold something else, or whose operation moves the state."""
+    pairs = enumerate(zip([None, *memory], memory, strict=False))
+    return [
+        (str(number), *_memory(now))
+        for number, (last, now) in pairs
+        if last is None
+        or now.change
+        or (now.held, now.activations) != (last.held, last.activations)
+    ]
+
+
+def _memory(forecast: Forecast) -> tuple[str, ...]:
+    held = forecast.held
+    sizes = (held.total, held.parameters, held.gradients, held.optimizer, forecast.activations)
+    change = in_bytes(forecast.change) if forecast.change else "-"
+    return (*(in_bytes(size) for size in sizes), change, forecast.verdict)
+
+
+def _limits(memory: Sequence[Forecast], room: Room) -> list[str]:
+    """Return the limit the memory was held against, and what of it is needed at most."""
+    if not room.device:
+        return ["Fits: known when the run starts, as the devices' memory is not known before"]
+    most = max((forecast.expected for forecast in memory), key=lambda need: need.bytes)
+    shared = f" shared by {room.sharing} devices" if room.sharing > 1 else ""
+    lines = [f"Fits: the most is {most}{shared}; with a GPU or TPU, see when the run starts"]
+    if any(forecast.lacking for forecast in memory):
+        lines.append(
+            "What does not fit is refused when the run starts (--allow_oversized permits it)."
+        )
+    return lines
+
+
+def _model(shape: RunShape) -> tuple[str, ...]:
+    model = shape.model
     ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
-    sizes = (held.total, held.parameters, held.gradients, held.optimizer)
     return (
         str(model.n_layers),
         str(model.d_model),
@@ -147,7 +208,6 @@ def _model(shape: RunShape, optimizer: OptimizerSettings) -> tuple[str, ...]:
         str(model.seq_len),
         f"{parameter_count(model):,}",
         short_flops(flops_per_token(model, shape.frozen_layers)),
-        *(f"{short(size, 'kMGT')}B" for size in sizes),
     )
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from jaxmorph.cli.errors import InputError
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
-from jaxmorph.config.settings import Settings
+from jaxmorph.config.settings import ModelConfig, Settings
 from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
 from jaxmorph.growth.operations import OPERATIONS, Operation
 from jaxmorph.growth.schedule import Entry, load_schedule, refusal
-from jaxmorph.growth.values import written
+from jaxmorph.growth.values import Given, written
+
+_LARGE_FACTOR = 16  # of which one wonders whether it was meant
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,25 @@ def _next_stage(before: Stage, entry: Entry) -> Stage:
     )
 
 
+def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
+    """Return the hint that a factor was written like a size; "" if it was not.
+
+    Args:
+      before: the architecture before the operation.
+      after: the architecture after it.
+      value: the operation's.
+    """
+    if not isinstance(value, float | int):
+        return ""
+    for name, was in dataclasses.asdict(before).items():
+        now = getattr(after, name)
+        if isinstance(was, int) and was != now == was * value and 1 < was < value:
+            factor, size = written(value / was), written(value)
+            other = f", and set_{name} {size}" if f"set_{name}" in OPERATIONS else ""
+            return f"{size} is a factor here, and {factor} gives {name} {size}{other}"
+    return ""
+
+
 def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> tuple[str, ...]:
     operation, value = entry.operation, entry.value
     said = f"{operation.name} {written(value)}"
@@ -186,7 +207,9 @@ def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> t
         if whole_product(old, value) != new:
             product = f"{old} × {written(value)} = {old * value:g}"
             return (f"{operation.count}: {product}, rounded to {new}",)
-    return ()
+    hint = meant_as_size(before.model, after.model, value)
+    large = isinstance(value, float | int) and value >= _LARGE_FACTOR
+    return (f"{operation.name}: {hint}",) if hint and large else ()
 
 
 def _check_batch(before: RunShape, after: RunShape, entry: Entry, mesh: MeshShape) -> None:

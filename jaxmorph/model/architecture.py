@@ -14,6 +14,8 @@ from jaxmorph.model.signatures import Signature, count_parameters, parse_table
 
 INDEX_AXES = frozenset({"vocab", "position"})
 RANK_AXES = frozenset({"attn_rank", "vocab_rank"})  # their consumer, LoRA's B, starts at zero
+_LARGEST_LOGITS = 256 << 20  # bytes of logits above which the loss is computed in chunks
+_LOSS_CHUNK = 4096  # tokens
 
 
 def gpt_signatures(config: ModelConfig) -> dict[str, Signature]:
@@ -142,3 +144,10 @@ def flops_per_token(config: ModelConfig, frozen_layers: Collection[int] = ()) ->
 def scans_layers(config: ModelConfig) -> bool:
     """Return whether the blocks run in a `lax.scan`: `auto` scans above 12 layers."""
     return config.scan_layers == "scan" or (config.scan_layers == "auto" and config.n_layers > 12)
+
+
+def loss_chunk(config: ModelConfig, tokens: int) -> int:
+    """Return how many of a batch's tokens have their logits computed at once; 0 for all."""
+    if config.loss_chunk is not None:
+        return 0 if config.loss_chunk >= tokens else config.loss_chunk
+    return _LOSS_CHUNK if 4 * tokens * config.vocab_size > _LARGEST_LOGITS else 0

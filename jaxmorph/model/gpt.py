@@ -26,6 +26,7 @@ from jaxmorph.model.architecture import (
     RANK_AXES,
     gpt_axis_sizes,
     gpt_signatures,
+    loss_chunk,
     scans_layers,
 )
 from jaxmorph.model.blocks import (
@@ -44,8 +45,6 @@ from jaxmorph.model.precision import parameter_dtype, wide_dtype
 from jaxmorph.model.signatures import Signature
 
 Constrain = Callable[[jax.Array], jax.Array]
-_LARGEST_LOGITS = 256 << 20  # bytes of logits above which the loss is computed in chunks
-_LOSS_CHUNK = 4096  # tokens
 
 
 class Output(NamedTuple):
@@ -198,7 +197,7 @@ def measure(
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     params = adapted(config, params, gates["lora_alpha"])
     hidden_BTD, measures = _hidden(config, params, inputs_BT, gates, dropout_key, constrain)
-    chunk = _chunk_size(config, targets_BT.size)
+    chunk = loss_chunk(config, targets_BT.size)
 
     def totals(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = _logits(config, params, hidden)
@@ -288,13 +287,6 @@ def _run_layers(config: ModelConfig, block: Callable, x: jax.Array, stacked: Any
         x, output = block(x, jax.tree.unflatten(structure, layer))
         outputs.append(output)
     return x, jax.tree.map(lambda *leaf: jnp.stack(leaf), *outputs)
-
-
-def _chunk_size(config: ModelConfig, tokens: int) -> int:
-    """Return how many tokens' logits to compute at once, 0 for all."""
-    if config.loss_chunk is not None:
-        return 0 if config.loss_chunk >= tokens else config.loss_chunk
-    return _LOSS_CHUNK if 4 * tokens * config.vocab_size > _LARGEST_LOGITS else 0
 
 
 def _in_chunks(

@@ -18,9 +18,6 @@ from jaxmorph.model.tree_paths import declared_for, parameter_path
 from jaxmorph.step.parts import Parts
 from jaxmorph.step.state import TrainState
 
-# parameter axis -> mesh axis; other axes are replicated
-AXIS_RULES = {"embed": "fsdp", "vocab": "tensor", "head": "tensor", "mlp": "tensor"}
-
 
 def make_mesh(shape: MeshShape | None) -> Mesh:
     """Return a mesh of this shape over the first devices; None: data = all devices.
@@ -54,12 +51,7 @@ def axes_sharding(mesh: Mesh, axes: Sequence[str], shape: tuple[int, ...]) -> Na
     """
     if len(axes) != len(shape):
         return replicated(mesh)
-    spec = []
-    for axis, size in zip(axes, shape, strict=True):
-        name = AXIS_RULES.get(axis)
-        usable = name is not None and size % mesh.shape[name] == 0 and name not in spec
-        spec.append(name if usable else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(mesh, PartitionSpec(*mesh_shape(mesh).split(axes, shape)))
 
 
 def state_shardings(

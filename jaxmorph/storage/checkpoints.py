@@ -38,6 +38,7 @@ from jaxmorph.storage.manifest import (
     state_sha256,
     write_manifest,
 )
+from jaxmorph.storage.retention import best, last_good, prune, remove, set_aside
 from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.files import rename_folder, write_new
@@ -100,6 +101,7 @@ class Checkpoints:
         *,
         score: float | None,
         wait: bool = False,
+        provisional: bool = False,
     ) -> None:
         """Start writing a checkpoint, unless there is already a sound one of this step.
 
@@ -110,8 +112,9 @@ class Checkpoints:
           step: its name.
           arrays: path -> array.
           meta: any JSON value.
-          score: lower is better, for `keep_best`; None or non-finite: never the best.
+          score: see `retention`; a non-finite one counts as none.
           wait: return only after the commit.
+          provisional: it may be replaced (see `discard`), so older ones are not pruned yet.
 
         Raises:
           CheckpointError: the previous save failed, or this one with `wait`.
@@ -120,9 +123,9 @@ class Checkpoints:
         self.wait()
         text = json.dumps(meta, indent=1)
         if processes.count() > 1:
-            self._try_to_write(step, arrays, text, score)  # all processes together
+            self._try_to_write(step, arrays, text, score, provisional)  # all processes together
         elif not self._is_sound(step):
-            arguments = (step, copied_to_host(arrays), text, score)
+            arguments = (step, copied_to_host(arrays), text, score, provisional)
             # not a daemon: an interpreter that exits with an error still finishes the commit
             self._thread = threading.Thread(target=self._try_to_write, args=arguments)
             self._thread.start()
@@ -132,7 +135,21 @@ class Checkpoints:
     def discard(self, step: int) -> None:
         """Remove the checkpoint of a step, so that it can be replaced; older ones stay."""
         self.wait()
-        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        self._by_first_process(lambda: remove(self.folder, step))
+
+    def set_aside(self, after: int) -> list[int]:
+        """Rename the checkpoints after a step to STEP.diverged: no run goes on from them.
+
+        They are removed when a good checkpoint of their step or a later one is committed.
+
+        Returns:
+          Their steps.
+        """
+        self.wait()
+        steps = [step for step in self.steps() if step > after]
+        self._by_first_process(lambda: set_aside(self.folder, steps))
+        self._sound -= set(steps)
+        return steps
 
     def wait(self) -> None:
         """Wait until the last save is committed.
@@ -183,9 +200,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step with the lowest score, the newest if tied; None if none has a score."""
-        sound = [step for step in self.steps() if step not in self._corrupt]
-        scores = {step: score for step in sound if (score := self._score(step)) is not None}
-        return min(reversed(scores), key=scores.__getitem__, default=None)
+        return best(self._scores())
+
+    def last_good(self) -> int | None:
+        """Return the newest sound step with a score; None if there is none."""
+
+        def find() -> int:
+            scores = self._scores()
+            step = last_good({each: scores[each] for each in scores if self._is_sound(each)})
+            return _NONE if step is None else step
+
+        step = self._by_first_process(find)
+        return None if step == _NONE else step
 
     def remove_partial(self) -> None:
         """Remove leftovers of killed saves. Only for the holder of the run's lock."""
@@ -233,9 +259,13 @@ class Checkpoints:
             )
         return arrays
 
-    def _try_to_write(self, step: int, arrays: Arrays, meta: str, score: float | None) -> None:
+    def _try_to_write(
+        self, step: int, arrays: Arrays, meta: str, score: float | None, provisional: bool
+    ) -> None:
         try:
             self._write(step, arrays, meta, score)
+            if not provisional:
+                self._by_first_process(lambda: self._prune(step))
         except Exception as error:
             # frees the space: a full disk is the likely reason
             shutil.rmtree(self.folder / f"{step}.partial", ignore_errors=True)
@@ -248,7 +278,7 @@ class Checkpoints:
             self._error.__cause__ = error
 
     def _write(self, step: int, arrays: Arrays, meta: str, score: float | None) -> None:
-        """Write, commit and prune; this order makes a kill at any moment harmless."""
+        """Write and commit; pruning comes after, so that a kill at any moment is harmless."""
         partial = self.folder / f"{step}.partial"
         if self._by_first_process(lambda: step if self._is_sound(step) else _NONE) == step:
             return
@@ -269,7 +299,6 @@ class Checkpoints:
 
         self._by_first_process(commit)
         self._sound.add(step)
-        self._by_first_process(lambda: self._prune(step))
 
     def _begin(self, partial: Path, meta: str) -> int:
         if partial.exists():
@@ -330,21 +359,14 @@ class Checkpoints:
         self._corrupt.discard(step)
 
     def _prune(self, step: int) -> int:
-        """Remove older checkpoints, not counting corrupt ones (all newer ones are corrupt).
-
-        Step 0, the state before the first update, always stays.
-        """
-        candidates = [each for each in self.steps() if each <= step and each not in self._corrupt]
-        kept = {0, *candidates[-self._keep :]}
-        if self._keep_best and (best := self.best()) is not None:
-            kept.add(best)
-        for each in set(candidates) - kept:
-            # renamed first, so that a kill midway leaves no checkpoint that looks corrupt
-            partial = self.folder / f"{each}.partial"
-            rename_folder(self.folder / str(each), partial)
-            shutil.rmtree(partial)
-            self._sound.discard(each)
+        """Remove older checkpoints, not counting corrupt ones (all newer ones are corrupt)."""
+        scores = {each: score for each, score in self._scores().items() if each <= step}
+        self._sound -= prune(self.folder, scores, self._keep, self._keep_best)
         return _NONE
+
+    def _scores(self) -> dict[int, float | None]:
+        """The score of every checkpoint not known to be corrupt."""
+        return {step: self._score(step) for step in self.steps() if step not in self._corrupt}
 
     def _score(self, step: int) -> float | None:
         try:

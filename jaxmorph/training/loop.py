@@ -28,6 +28,7 @@ from jaxmorph.storage.start_log import record_start, software_facts
 from jaxmorph.system.files import refusing_bad_paths, replace_text
 from jaxmorph.system.peak_flops import peak_flops
 from jaxmorph.system.signals import StopSignals
+from jaxmorph.training.divergence import after_divergence
 from jaxmorph.training.ending import ending, is_finished, not_fired
 from jaxmorph.training.operate import OperationFailedError
 from jaxmorph.training.position import Position
@@ -39,7 +40,14 @@ from jaxmorph.training.step_log import DivergedError, StepLog
 from jaxmorph.training.tables import Tables
 from jaxmorph.training.time_left import TimeLeft
 from jaxmorph.training.trackers import make_trackers
-from jaxmorph.training.turns import TURNS, Turn, check_turns, retry_operation, take_turns
+from jaxmorph.training.turns import (
+    TURNS,
+    Turn,
+    catch_up,
+    check_turns,
+    retry_operation,
+    take_turns,
+)
 
 _SCHEDULE = "schedule.json"  # the copy in the run folder
 
@@ -155,7 +163,9 @@ def _failing_in_one_message(setup: Setup) -> Iterator[None]:
     except (DivergedError, OperationFailedError) as error:
         with contextlib.suppress(InputError, OSError):
             _report_if_missing(setup.run_dir)
-        raise FailedError(f"{error}. {_last_good(setup.checkpoints)}") from error
+        diverged = isinstance(error, DivergedError)
+        left = after_divergence(setup) if diverged else _last_good(setup.checkpoints)
+        raise FailedError(f"{error}. {left}") from error
     except CheckpointError as error:
         raise FailedError(f"{error}. {_last_good(setup.checkpoints)}") from error
     except OSError as error:
@@ -212,9 +222,13 @@ def _run_loop(run: Run, turns: Sequence[Turn], *, resumed: bool) -> None:
         after_step(run)
     elif run.position.pending is not None:
         retry_operation(run, turns)
+    else:
+        catch_up(run, turns)
     while not run.is_stopping:
         run.update_until_stage_changes(after_step)
     run.save()  # a signal may have come after the last step's own save
+    if run.is_last and not run.is_good:
+        raise DivergedError(f"the run ended at step {run.step} with a loss that is not finite")
 
 
 def _record_start(setup: Setup, position: Position, *, resumed: bool) -> None:

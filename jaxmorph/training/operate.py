@@ -155,5 +155,5 @@ def _morphed(
 def failure(entry: Entry, error: Exception) -> str:
     """Return the error message for an operation that could not be done."""
     words = str(error).strip().splitlines()
-    cause = words[0] if words else type(error).__name__
+    cause = words[0].rstrip(".") if words else type(error).__name__
     return f"operation {entry.number} of the schedule, {entry.title}, could not be done: {cause}"

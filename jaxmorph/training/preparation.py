@@ -19,6 +19,7 @@ from jaxmorph.config.settings import Settings
 from jaxmorph.config.sources import Sources
 from jaxmorph.config.start import passes_warnings
 from jaxmorph.data.loading import TokenizedCorpus, load_tokens
+from jaxmorph.growth.fitting import check_fits
 from jaxmorph.growth.forecast import stages_ahead, tokens_per_step
 from jaxmorph.growth.plan import Plan
 from jaxmorph.growth.summary import describe
@@ -28,6 +29,7 @@ from jaxmorph.step.sharding import make_mesh, mesh_shape
 from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.training.active_stage import ActiveStage
+from jaxmorph.training.room import room_of
 from jaxmorph.training.run_logs import RunLogs
 from jaxmorph.training.stages import StageCompiler
 from jaxmorph.training.tables import Tables
@@ -87,7 +89,10 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
     shape = mesh_shape(mesh)
     plan = plan.completed(vocab_size=corpus.tokenizer.vocab_size, total=total, mesh=shape)
     _check_validation(shape, corpus, plan, task)
+    warnings = check_fits(plan, room_of(mesh))
     _print_summary(plan, corpus, mesh, total)
+    for warning in warnings:
+        say(f"warning: {warning}")
     kept = settings.run.keep_checkpoints
 
     def validation_specs(shape: RunShape) -> list[Batch]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxmorph.cli.printing import say
 from jaxmorph.cli.progress import Progress
 from jaxmorph.growth.plan import Stage
+from jaxmorph.growth.schedule import Entry
 from jaxmorph.growth.triggers import Reason, due
 from jaxmorph.model.measures import Mean
 from jaxmorph.model.tree_paths import leaves_by_path
@@ -30,6 +33,7 @@ from jaxmorph.training.operate import OperationFailedError, OperationResult, fai
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup
 from jaxmorph.training.resume import CheckpointRecord
+from jaxmorph.training.room import may_be_too_large
 from jaxmorph.training.step_log import StepLog
 
 
@@ -64,6 +68,7 @@ class Run:
         self.setup, self.state, self.position = setup, state, position
         self.active: ActiveStage = setup.activate(position.next_operation)
         self.new_loss: float | None = None
+        self._loss: float | None = None  # of the state as it is; None: not measured
         self.log, self.progress, self._signals = log, progress, signals
         self._saved = position  # the newest position that a checkpoint may have
 
@@ -86,6 +91,16 @@ class Run:
     def is_stopping(self) -> bool:
         """Return whether the run ends here, finished or interrupted."""
         return self.is_last or self._signals.received is not None
+
+    @property
+    def is_good(self) -> bool:
+        """Return whether the last update was not skipped, and the loss is finite after it."""
+        if int(self.state["skipped_in_a_row"]):
+            return False
+        if self._loss is None:  # neither evaluated nor re-evaluated: one batch tells
+            task, batches = self.setup.tables.step.task, self.active.validation[:1]
+            self._loss = self._measured(batches)[task.loss]
+        return math.isfinite(self._loss)
 
     @property
     def checkpoint_interval(self) -> int:
@@ -126,6 +141,7 @@ class Run:
             sums = active.programs.accumulate(self.state, sums, batch, np.int32(index))
         self.state, sums, metrics = active.programs.update(self.state, sums)
         self.position, self.new_loss = active.after_step(self.position), None
+        self._loss = None
         if self.position.next_operation and self.step == self.position.last_operation_step + 1:
             crash_point("first_step")
         self.log.step(active.totals(self.position), metrics)
@@ -133,7 +149,7 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate on the validation batches and record the result."""
-        means = self._measured("evaluation")
+        means = self._measured(self.active.validation, "evaluation")
         task = self.setup.tables.step.task
         loss = means[task.loss]
         self.record({f"val/{name}": value for name, value in means.items()})
@@ -146,7 +162,7 @@ class Run:
         self.state = self.active.programs.observe(self.state, value)
         min_change = self.setup.settings.growth.plateau_min_change
         self.position = self.position.evaluated(loss, min_change)
-        self.new_loss = loss
+        self.new_loss = self._loss = loss
 
     def record(self, values: dict[str, float]) -> None:
         """Add values to the line of the last step, by metric name."""
@@ -171,41 +187,49 @@ class Run:
             self._operate(reason)
             self.new_loss = self.position.val_loss
 
-    def forget_failure(self) -> None:
-        """Take the operation that failed when the checkpoint was saved as not yet tried."""
+    def look_again(self) -> None:
+        """Let triggers see the newest loss again; an operation that failed there was not tried."""
         self.position = dataclasses.replace(self.position, pending=None)
         loss = self.position.val_loss
         self.new_loss = math.nan if loss is None else loss
 
-    def save(self) -> None:
-        """Start saving a checkpoint. The log lines up to its step are written before it can commit."""
+    def save(self, *, provisional: bool = False) -> None:
+        """Start saving a checkpoint. The log lines up to its step are written before it can commit.
+
+        One of this step at another position is replaced: an operation has been done since.
+
+        Args:
+          provisional: an operation is still to be done at this step.
+        """
+        checkpoints = self.setup.checkpoints
         if self.step == self._saved.step and self.position != self._saved:
-            # An operation that had failed here is done. First, as it does not know the lines to come.
-            self.setup.checkpoints.discard(self.step)
+            checkpoints.discard(self.step)  # first, as it does not know the lines to come
         self._saved = self.position
         with self.progress.doing("saving"):
             self.log.flush()
             record_waiting(self.setup, self.position)
-            record = CheckpointRecord.of(self.setup, self.position)
-            self.setup.checkpoints.save(
+            checkpoints.save(
                 self.step,
                 leaves_by_path(self.state),
-                record.to_meta(),
-                score=self.position.val_loss,
+                CheckpointRecord.of(self.setup, self.position).to_meta(),
+                score=self.position.val_loss if self.is_good else None,
+                provisional=provisional,
             )
 
     def _operate(self, reason: Reason) -> None:
         self.log.flush_to_held()  # no step is in flight from here on
-        before = self.state, self.position, self.active
         entry = self.setup.plan.entries[self.position.next_operation]
+        if entry.operation.kind == "morph":
+            self._prepare_for(entry, reason)
+        before = self.state, self.position, self.active, self._loss
         try:
             result = self._perform(reason)
             if entry.reevaluate:
                 self._evaluate_again()
         except Exception as error:  # whatever it is, the run must end in its previous state
-            self.state, position, self.active = before
+            self.state, position, self.active, self._loss = before
             self.position = dataclasses.replace(position, pending=reason)
-            self.save()
+            self.save(provisional=True)
             raise OperationFailedError(failure(entry, error)) from error
         self.setup.logs.operations.write(
             result.record(self.position.val_loss if entry.reevaluate else None)
@@ -215,6 +239,24 @@ class Run:
         self.setup.compiler.prefetch_after(self.position.next_operation)
         self.log.restart_clock()
 
+    def _prepare_for(self, entry: Entry, reason: Reason) -> None:
+        """Name the morph that begins, and save before one that may end the process for lack of memory.
+
+        The checkpoint says that the operation is pending, so a run that is killed by it tries it again.
+        """
+        setup, index = self.setup, self.position.next_operation + 1
+        words = f"step {self.step}: operation {entry.number}, {entry.title}, begins"
+        if setup.checkpoints.newest() != self.step and may_be_too_large(
+            setup.plan, setup.mesh, index
+        ):
+            position = self.position
+            self.position = dataclasses.replace(position, pending=reason)
+            self.save(provisional=True)
+            self.position = position
+            setup.checkpoints.wait()
+            words += f"; checkpoint {self.step} is saved, as it may need more memory than there is"
+        say(words, file=sys.stderr)
+
     def _perform(self, reason: Reason) -> OperationResult:
         """Apply the next operation to the state, and activate the stage after it."""
         setup, before = self.setup, self.active
@@ -222,6 +264,7 @@ class Run:
         self.state, result = perform(
             setup.compiler, self.state, self.position, reason, probe, self.progress.doing
         )
+        self._loss = None
         position = self.position.after_operation()
         self.active = setup.activate(position.next_operation)
         self.position = self.active.moved_from(before, position)
@@ -234,23 +277,25 @@ class Run:
     def _evaluate_again(self) -> None:
         """Evaluate right after an operation."""
         task = self.setup.tables.step.task
-        loss = self._measured("reevaluation")[task.loss]
+        loss = self._loss = self._measured(self.active.validation, "reevaluation")[task.loss]
         metric = task.metric(f"val/{task.loss}")
         self.progress.note(f"step {self.step}: {metric.label} after it {metric.written(loss)}")
         self.position = self.position.evaluated_again(loss)
         self.record({f"{metric.name}_after": loss})  # last: a failed operation leaves no trace
 
-    def _measured(self, crash: str) -> dict[str, float]:
-        """Return the mean of each of the task's measures over the validation batches."""
+    def _measured(self, batches: Sequence[Batch], crash: str = "") -> dict[str, float]:
+        """Return the mean of each of the task's measures over validation batches."""
         self.log.flush_to_held()
         results, start = [], time.monotonic()
         with self.progress.doing("evaluating"):
-            for batch in self.active.validation:
+            for batch in batches:
                 placed = place_batch(self.setup.mesh, batch)
                 results.append(self.active.programs.evaluate(self.state, placed))
-                crash_point(crash)
+                if crash:
+                    crash_point(crash)
             parts, task = jax.device_get(results), self.setup.tables.step.task
-        self.log.evaluated(time.monotonic() - start, self.stage.number)
+        if crash:
+            self.log.evaluated(time.monotonic() - start, self.stage.number)
         sums = {
             name: Mean(*(np.float64(math.fsum(part[name][k] for part in parts)) for k in (0, 1)))
             for name in parts[0]

@@ -141,7 +141,7 @@ class StepLog:
             raise DivergedError(
                 f"loss or gradient was not finite in {values['skipped_in_a_row']} steps in a row, "
                 f"up to step {after['step']} (loss {values[self._loss.name]}, gradient norm "
-                f"{values['train/grad_norm']}); a lower learning_rate or a longer warmup may help"
+                f"{values['train/grad_norm']})"
             )
 
     def _take_time(self, after: Totals) -> None:

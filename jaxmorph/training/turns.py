@@ -71,9 +71,19 @@ def take_turns(run: Run, turns: Sequence[Turn]) -> None:
 def retry_operation(run: Run, turns: Sequence[Turn]) -> None:
     """Go on after a step whose operation failed, from the turn that failed."""
     names = [turn.name for turn in turns]
-    run.forget_failure()
+    run.look_again()
     take_turns(run, turns[names.index("operate") : -1])
     run.save()
+
+
+def catch_up(run: Run, turns: Sequence[Turn]) -> None:
+    """Perform the operations that are due where a run goes on: an edited schedule may have some.
+
+    With the schedule as it was nothing is due, as it was all done before the checkpoint was saved.
+    """
+    run.look_again()
+    take_turns(run, [turn for turn in turns if turn.name == "operate"])
+    run.new_loss = None
 
 
 def check_turns(turns: Sequence[Turn]) -> None:

@@ -87,6 +87,10 @@ def _cells(report: str, title: str) -> list[list[str]]:
     return rows
 
 
+def _bytes(number: int) -> str:
+    return f"{number / 1e6:.3g}MB" if number >= 1e6 else f"{number / 1e3:.3g}kB"
+
+
 def test_walk_report_says_what_every_stage_is():
     rows = entries(
         entry("stack_layers", 2.0, reevaluate=True, options={"order": "middle"}),
@@ -130,8 +134,19 @@ def test_walk_report_says_what_every_stage_is():
         assert found["context"] == "48"
         assert found["parameters"] == f"{parameter_count(config):,}"
         assert found["FLOPs/token"] == short_flops(flops_per_token(config))
-        megabytes = memory(stage.shape, OptimizerSettings()).total / 1e6
-        assert found["memory"] == f"{megabytes:.3g}MB"
+    header, *held = _cells(report, "Memory")
+    # The batch of stage 3 has more activations; the merge of stage 4 moves the state.
+    assert [row[0] for row in held] == ["0", "1", "3", "4"]
+    for row in held:
+        found = dict(zip(header, row, strict=True))
+        need = memory(stages[int(row[0])].shape, OptimizerSettings())
+        assert found["memory"] == _bytes(need.total)
+        assert found["= parameters"] == _bytes(need.parameters)
+        assert found["+ optimizer"] == _bytes(need.optimizer)
+        assert found["fits"] == "-"
+    before, after = (memory(stage.shape, OptimizerSettings()).state for stage in stages[:2])
+    moved = ["-", _bytes(before + after), "-", _bytes(2 * after)]
+    assert [row[header.index("old + new state")] for row in held] == moved
     header, *training = _cells(report, "Training")
     assert [row[0] for row in training] == ["0", "2", "3", "5"]
     last = dict(zip(header, training[-1], strict=True))

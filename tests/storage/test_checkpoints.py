@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -338,3 +339,25 @@ def test_what_json_cannot_say_is_raised_at_once(checkpoints):
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpoints.save(1, arrays_of(1), {"bad": np.zeros(1)}, score=None)
     assert checkpoints.latest_sound() is None
+
+
+def test_the_last_good_one_is_sound(checkpoints):
+    for step, score in ((1, 3.0), (2, 2.0), (3, math.nan)):
+        checkpoints.save(step, arrays_of(step), META, score=score, provisional=True, wait=True)
+    assert checkpoints.last_good() == 2
+    (checkpoints.folder / "2" / "meta.json").write_text("{}")
+    other = reopened(checkpoints)
+    assert other.last_good() == 1
+    assert other.set_aside(1) == [2, 3]
+    assert names(checkpoints) == ["1", "2.diverged", "3.diverged"]
+    assert other.latest_sound() == 1
+
+
+def test_a_provisional_save_prunes_nothing_and_can_be_replaced(checkpoints):
+    for step in range(4):
+        checkpoints.save(step, arrays_of(step), META, score=None, provisional=True, wait=True)
+    assert names(checkpoints) == ["0", "1", "2", "3"]
+    checkpoints.discard(3)
+    checkpoints.save(3, arrays_of(30) | {"step": np.asarray(3)}, META, score=None, wait=True)
+    assert names(checkpoints) == ["0", "2", "3"]
+    assert checkpoints.latest_sound() == 3

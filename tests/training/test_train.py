@@ -282,7 +282,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(text, tmp_path,
     assert main(argv) == 1
     message = capsys.readouterr().err
     assert "not finite in 5 steps in a row" in message
-    good = Path(message.split("last good checkpoint is ")[1].strip())
+    good = Path(message.split("last good checkpoint is ")[1].partition(":")[0])
     assert (good / "manifest.json").is_file()
     skipped = [line["train/skipped"] for line in _lines(run_dir) if "train/skipped" in line]
     assert skipped[-1] == 5
