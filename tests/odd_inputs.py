@@ -332,7 +332,7 @@ FLAGS: Sequence[tuple[Sequence[str], str | None]] = [
     (["--config", "{tmp}/loop"], "symbolic links"),
     (["--config", "/dev/zero"], "it is a device"),
     (["--config", "/dev/null"], "it is a device"),
-    (["--config", "/proc/self/mem"], "a readable file"),
+    (["--config", "/dev/full"], "it is a device"),
     (["--config", ""], "a readable file"),
     (["--scaling_schedule_file", "{tmp}/pipe"], "an existing file"),
     (["--scaling_schedule_file", "/dev/zero"], "an existing file"),
