@@ -8,18 +8,26 @@ moments and started again until it is done. With --named a third one is killed a
 `jaxmorph.system.crash_points` around each of the three morphs (`AROUND`), one after the other.
 With --plateau each morph waits for the validation loss to stand still, and for nothing else, so that
 what the trigger has counted must come back with the checkpoint for it to fire at the same step.
+With --several a very small model grows by the operations of `SEVERAL`, two or three of them at one step,
+and runs of `KILLS_A_RUN` kills each are killed, two at a time.
 At the end the run folders must say the same. The moments are uniform over a process's time, from its
 start to a limit that lets the run be done soon after the last kill. All run on the CPU, from one copy
 of the package: work on it meanwhile changes nothing.
+
+    python benchmarks/reliability.py --storage
+    python benchmarks/reliability.py --corruptions 1100
+
+kill a process that only saves, prunes and logs (`storage_kills.py`), and damage a checkpoint in every
+way but one at a time (`corruptions.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import concurrent.futures
 import datetime
-import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -34,12 +42,14 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxmorph
+from jaxmorph.cli.errors import InputError
 from jaxmorph.storage.manifest import problem_of, read_manifest
+from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.system.crash_points import VARIABLE
 
 EVAL_INTERVAL, SAVE_INTERVAL = 50, 20
@@ -68,6 +78,20 @@ AROUND = {  # where to kill, around which of the morphs
         *("after_manifest", "after_save"),
     ),
 }
+SEVERAL = (  # the first of each group waits; the others follow it at its step, whatever the loss is
+    (("change_lr", 0.5), ("widen_mlp", 2), ("set_batch_size", 6)),
+    (("stack_layers", 2), ("change_grad_accum", 2)),
+    (("widen_heads", 2), ("set_lora_alpha", 8), ("change_eval_iters", 2)),
+    (("merge_lora_weights", None), ("stack_layers", 2)),
+    (("set_seq_len", 8), ("change_lr", 2), ("widen_mlp", 1.5)),
+)
+VERY_SMALL = {  # so that what a restart costs is Python and JAX
+    **{"n_layers": 1, "d_model": 8, "n_heads": 2, "seq_len": 16, "batch_size": 4},
+    **{"grad_accum_steps": 1, "eval_iters": 2, "checkpoint_interval": 40},
+    "attn_lora_rank_divisor": 4,
+}
+KILLS_A_RUN, AT_A_TIME = 25, 2
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 PATIENCE = 4  # evaluations without an improvement that set a morph off, with --plateau
 CORPUS_CHARACTERS = 500_000  # so that the run passes through it more than once
 PACKAGES = ("jaxmorph", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -81,6 +105,7 @@ class Run(NamedTuple):
     corpus: Path
     steps: int
     more: Sequence[str]  # flags
+    configuration: Mapping[str, Any] = CONFIGURATION
 
     @property
     def schedule(self) -> Path:
@@ -91,9 +116,15 @@ class Run(NamedTuple):
         """Start a process; what it prints goes to FOLDER.log."""
         paths = {"data": self.corpus, "run_dir": self.folder, "max_steps": self.steps}
         paths["scaling_schedule_file"] = self.schedule
-        flags = [f"--{name}={value}" for name, value in (CONFIGURATION | paths).items()]
+        flags = [f"--{name}={value}" for name, value in {**self.configuration, **paths}.items()]
         command = [sys.executable, "-m", "jaxmorph.train", *flags, *self.more]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", VARIABLE: crash_at}
+        if self.configuration is not CONFIGURATION:  # else compiling is a part of what is killed
+            env |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "programs")}
+            env |= {
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "XLA_FLAGS": QUICKLY_COMPILED,
+            }
         here = self.folder.parent
         with open(self.folder.with_suffix(".log"), "wb") as log:
             return subprocess.Popen(command, env=env, cwd=here, stdout=log, stderr=log)
@@ -147,26 +178,43 @@ def watch(run: Run, process: subprocess.Popen, seconds: float, most: int) -> flo
     return began
 
 
-def triggers(arguments: argparse.Namespace) -> dict[str, int]:
-    """Return what sets each morph off: a standstill, or a wait of a quarter of the run."""
-    if arguments.plateau:
-        return {"trigger_plateau": PATIENCE}
-    return {"max_wait_iters": arguments.steps // (len(MORPHS) + 1)}
+def rows_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the schedule: a standstill, a wait, or the entry before sets each of its entries off."""
+    if not arguments.several:
+        wait = {"max_wait_iters": arguments.steps // (len(MORPHS) + 1)}
+        trigger = {"trigger_plateau": PATIENCE} if arguments.plateau else wait
+        return [morph | trigger | {"reevaluate": True} for morph in MORPHS]
+    wait, rows = arguments.steps // (len(SEVERAL) + 1), []
+    for group in SEVERAL:
+        for number, (name, value) in enumerate(group):
+            trigger = {"trigger_loss": 1e6} if number else {"max_wait_iters": wait}
+            rows.append({"name": name, "value": value, "reevaluate": number == 1} | trigger)
+    return rows
 
 
-def undisturbed(run: Run, reason: str) -> dict[str, float]:
+def reason_of(row: Mapping[str, Any]) -> str:
+    """Return the reason that a fired entry must have."""
+    reasons = {"trigger_plateau": "plateau", "trigger_loss": "loss", "max_wait_iters": "timeout"}
+    return next(reason for trigger, reason in reasons.items() if trigger in row)
+
+
+def undisturbed(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Train to the end; return the seconds of the start-up, of a step and in all.
 
     Raises:
-      RuntimeError: a morph has not fired, or not for `reason`; then there is nothing to compare with.
+      RuntimeError: an entry of `rows` has not fired, not for its reason, or not at the step of the one
+        it follows; then there is nothing to compare with.
     """
     start, process = time.monotonic(), run.start()
     startup = watch(run, process, LIMIT, most=1)
     end(run, process, 0)
     whole, lines = time.monotonic() - start, map(json.loads, run.metrics().splitlines()[1:])
     step = statistics.median(line["step_seconds"] for line in lines)
-    fired = [(line["name"], line["reason"]) for line in run.operations()]
-    if problem := _unlike([(morph["name"], reason) for morph in MORPHS], fired):
+    lines = run.operations()
+    fired = [(line["name"], line["reason"]) for line in lines]
+    follow = [a["step"] == b["step"] for a, b in itertools.pairwise(lines) if b["reason"] == "loss"]
+    problem = _unlike([(row["name"], reason_of(row)) for row in rows], fired)
+    if problem or not all(follow):
         raise RuntimeError(f"operations of the undisturbed run: {problem}")
     return {"startup_seconds": startup, "step_seconds": step, "seconds": whole}
 
@@ -286,10 +334,11 @@ def _unlike(expected: Any, got: Any) -> str:
 
 
 def _lock_problem(folder: Path) -> str:
-    with open(folder / "lock", "rb") as file, contextlib.suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _unlike(b"", file.read())
-    return "still held"
+    try:
+        with RunLock(folder) as lock:
+            return _unlike("", lock.taken_over_from)
+    except InputError as error:
+        return str(error)
 
 
 def try_series(name: str, whole: Run, killed: Run, kills: Iterator[dict]) -> dict[str, Any]:
@@ -307,6 +356,44 @@ def try_series(name: str, whole: Run, killed: Run, kills: Iterator[dict]) -> dic
     return result | {"differences": compared}
 
 
+def try_several(folder: Path, whole: Run, arguments: argparse.Namespace, times: dict) -> dict:
+    """Kill runs at random moments, `AT_A_TIME` together; return all that was found, as of one series."""
+    runs = max(AT_A_TIME, math.ceil(arguments.kills / KILLS_A_RUN))
+    counts = [(arguments.kills + number) // runs for number in range(runs)]
+
+    def one(number: int, kills: int) -> dict[str, Any]:
+        run = whole._replace(folder=folder / f"random{number}")
+        found = killed_at_random(run, kills, arguments.seed + number, times)
+        return try_series(f"at random moments, run {number}", whole, run, found)
+
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+        series = list(pool.map(one, range(len(counts)), counts))
+    names = {name: None for each in series for name in each["differences"]}
+    return {
+        "name": f"at random moments, in {len(series)} runs",
+        "seconds": time.monotonic() - start,
+        "kills": [kill for each in series for kill in each["kills"]],
+        "differences": {
+            name: "; ".join(filter(None, (each["differences"].get(name) for each in series)))
+            for name in names
+        },
+    }
+
+
+def try_storage(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kill a process that only writes; return all that was found, as of one series."""
+    import storage_kills
+
+    start, kills = time.monotonic(), []
+    for kill in storage_kills.killed(folder / "storage", arguments.kills, arguments.seed):
+        kills.append(kill)
+        if len(kills) % 50 == 0:
+            print(f"{len(kills)} kills", file=sys.stderr, flush=True)
+    found = {"name": "of the storage alone", "seconds": time.monotonic() - start, "kills": kills}
+    return found | {"differences": storage_kills.differences(kills)}
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the report as tables."""
     from rich.console import Console
@@ -320,22 +407,40 @@ def show(report: dict[str, Any]) -> None:
         for during, times in Counter(kill["during"] for kill in series["kills"]).items():
             table.add_row(during, str(times))
         console.print(table)
-        table = Table("compared with the undisturbed run", "result")
+        table = Table("compared", "result")
         for name, problem in series["differences"].items():
             table.add_row(name, f"DIFFERS: {escape(problem[:500])}" if problem else "ok")
         console.print(table)
+    if corruptions := report.get("corruptions"):
+        table = Table("damage", *(outcomes := list(next(iter(corruptions["kinds"].values())))))
+        for kind, times in corruptions["kinds"].items():
+            table.add_row(kind, *(str(times[outcome]) for outcome in outcomes))
+        console.print(table)
+        console.print(*map(escape, corruptions["problems"][:5]), sep="\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name, default in {"kills": 20, "seed": 0, "steps": 2000}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--steps", type=int, help="of a run; default: 2000, 1200 with --several")
+    parser.add_argument(
+        "--kills", type=int, help="default: 20; 300 with --several, 500 of the storage"
+    )
     parser.add_argument(
         "--named", action="store_true", help="kill at points around the morphs as well"
     )
     parser.add_argument(
         "--plateau", action="store_true", help="the morphs wait for the loss to stand still"
+    )
+    parser.add_argument(
+        "--several", action="store_true", help="a very small model, several operations at one step"
+    )
+    parser.add_argument(
+        "--storage", action="store_true", help="no runs: kill a process that only saves and logs"
+    )
+    parser.add_argument(
+        "--corruptions", type=int, metavar="N", help="no runs: damage a checkpoint N times"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
     parser.add_argument("more", nargs="*", metavar="-- FLAGS", help="further flags of the runs")
@@ -345,6 +450,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 0 where nothing differs, else 1."""
     arguments, folder = make_parser().parse_args(argv), Path(tempfile.mkdtemp())
+    if arguments.kills is None:
+        arguments.kills = 300 if arguments.several else 500 if arguments.storage else 20
+    arguments.steps = arguments.steps or (1200 if arguments.several else 2000)
     show(report := examine(folder, arguments))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -357,35 +465,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run everything in `folder`; return the report."""
-    shutil.copytree(Path(str(jaxmorph.__file__)).parent, folder / "jaxmorph")
-    corpus, library = folder / "text.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = "".join(path.read_text("utf-8", "replace") for path in library)
-    corpus.write_text(text[:CORPUS_CHARACTERS], "utf-8")
-    rows = [morph | triggers(arguments) | {"reevaluate": True} for morph in MORPHS]
-    (folder / "schedule.json").write_text(json.dumps(rows))
-    names = (folder / name for name in ("undisturbed", "random", "named"))
-    whole, by_time, by_name = (Run(n, corpus, arguments.steps, arguments.more) for n in names)
-    times, series = undisturbed(whole, "plateau" if arguments.plateau else "timeout"), []
-    if arguments.kills > 0:
-        kills = killed_at_random(by_time, arguments.kills, arguments.seed, times)
-        series.append(try_series("at random moments", whole, by_time, kills))
-    if arguments.named:
-        kills = killed_at_points(by_name, whole)
-        series.append(try_series("at named points", whole, by_name, kills))
-    return {
+    facts = {
         "benchmark": "reliability",
         "date": datetime.date.today().isoformat(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": {n: importlib.metadata.version(n) for n in PACKAGES},
         "python": platform.python_version(),
         "command": " ".join(["python", *sys.argv]),
-        "configuration": {**CONFIGURATION, "max_steps": arguments.steps, "schedule": rows},
+    }
+    if arguments.corruptions:
+        import corruptions
+
+        found = corruptions.examined(folder / "corruptions", arguments.corruptions, arguments.seed)
+        return facts | {"series": [], "corruptions": found, "same": not found["problems"]}
+    if arguments.storage:
+        facts |= {"series": [try_storage(folder, arguments)]}
+    else:
+        facts |= examine_runs(folder, arguments)
+    return facts | {"same": not any(any(each["differences"].values()) for each in facts["series"])}
+
+
+def examine_runs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run and kill whole training runs; return what the report says of them."""
+    shutil.copytree(Path(str(jaxmorph.__file__)).parent, folder / "jaxmorph")
+    corpus, library = folder / "text.txt", sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = "".join(path.read_text("utf-8", "replace") for path in library)
+    corpus.write_text(text[:CORPUS_CHARACTERS], "utf-8")
+    rows = rows_of(arguments)
+    (folder / "schedule.json").write_text(json.dumps(rows))
+    configuration = {**CONFIGURATION, **VERY_SMALL} if arguments.several else CONFIGURATION
+    names = (folder / name for name in ("undisturbed", "random", "named"))
+    whole, by_time, by_name = (
+        Run(name, corpus, arguments.steps, arguments.more, configuration) for name in names
+    )
+    times, series = undisturbed(whole, rows), []
+    if arguments.several:
+        series.append(try_several(folder, whole, arguments, times))
+    elif arguments.kills > 0:
+        kills = killed_at_random(by_time, arguments.kills, arguments.seed, times)
+        series.append(try_series("at random moments", whole, by_time, kills))
+    if arguments.named and not arguments.several:
+        kills = killed_at_points(by_name, whole)
+        series.append(try_series("at named points", whole, by_name, kills))
+    return {
+        "configuration": {**configuration, "max_steps": arguments.steps, "schedule": rows},
         "undisturbed": times,
         "operations": [
             {n: line[n] for n in ("name", "step", "reason")} for line in whole.operations()
         ],
         "series": series,
-        "same": not any(any(each["differences"].values()) for each in series),
     }
 
 

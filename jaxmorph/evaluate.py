@@ -108,10 +108,9 @@ def _sample(command: Sample) -> int:
 
 def _load(run_dir: Path, step: int | None) -> tuple[Any, Any, Any]:
     """Return the architecture, parameters and gates of a checkpoint."""
-    from jaxmorph.storage.checkpoints import Checkpoints
-    from jaxmorph.training.resume import CheckpointRecord, restore_model
+    from jaxmorph.training.resume import CheckpointRecord, open_checkpoints, restore_model
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=1, keep_best=False)
+    checkpoints = open_checkpoints(run_dir)
     steps = checkpoints.steps()
     if step is None:
         step = checkpoints.latest_sound()

@@ -23,7 +23,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Runs that are killed, resumed and compared compile the same programs: once for all processes will do.
-if "PYTEST_XDIST_WORKER" not in os.environ:  # else the folder is there
+# Not with jaxlib 0.12, which once ended a worker by a segmentation fault as it wrote a program there.
+if (
+    version("jaxlib") < "0.12" and "PYTEST_XDIST_WORKER" not in os.environ
+):  # else the folder is there
     programs = tempfile.mkdtemp(prefix="jaxmorph-programs-")
     atexit.register(shutil.rmtree, programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = programs

@@ -244,7 +244,7 @@ def printed(tmp_path_factory) -> list[str]:
     with pytest.raises(InputError) as changed:
         check_unchanged(record, {"learning_rate": 0.001}, "", "runs/demo")
     with pytest.raises(FormatError) as old:
-        check_format(Path("runs/old/checkpoints/900"), {"format": 1})
+        check_format(Path("runs/old/checkpoints/900"), {"format": 1, "jaxmorph": ""})
     outputs += [f"error: {error.value}\n" for error in (changed, old)]
     return outputs + [(EXAMPLES / name).read_text() for name in ("stopped.txt", "resumed.txt")]
 

@@ -336,28 +336,28 @@ class Settings:
 class ModelConfig:
     """The architecture at one point: all sizes and policies that the model's programs depend on."""
 
-    n_layers: int
-    d_model: int
-    n_heads: int
-    head_dim: int
-    d_ff: int
-    vocab_size: int
-    seq_len: int
-    dropout: float
+    n_layers: Count
+    d_model: Positive
+    n_heads: Positive
+    head_dim: Positive
+    d_ff: Positive
+    vocab_size: Count
+    seq_len: Positive
+    dropout: Fraction
     positions: str
     norm: str
     activation: str
     tied_head: bool
     biases: bool
-    init_std: float
+    init_std: PositiveFloat
     scan_layers: str
     dtype: str
     remat: bool
     attention: Attention
-    loss_chunk: int | None
-    attn_lora_rank: int
+    loss_chunk: Count | None
+    attn_lora_rank: Count
     """Rank of the adapters on the attention's matrices; 0: none."""
-    vocab_lora_rank: int
+    vocab_lora_rank: Count
     """Rank of the adapter on the token embedding; 0: none."""
     lora_base: str
     """frozen or trained: whether the matrices that have an adapter are trained."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxmorph.config.settings import Count
 from jaxmorph.growth.schedule import Entry
 
 Reason = Literal["loss", "plateau", "timeout"]
@@ -21,7 +22,7 @@ class LossTrend:
     """
 
     best: float | None = None
-    evaluations: int = 0
+    evaluations: Count = 0
 
     @staticmethod
     def since_operation(loss: float | None = None) -> LossTrend:

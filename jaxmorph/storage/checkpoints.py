@@ -20,25 +20,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmorph.cli.errors import FailedError, InputError
+from jaxmorph.cli.errors import FailedError
 from jaxmorph.cli.printing import say
+from jaxmorph.storage import checkpoint_folder
 from jaxmorph.storage.array_files import ArrayFiles, copied_to_host
-from jaxmorph.storage.formats import (
-    MIGRATIONS,
-    Migrations,
-    check_format,
-    current_format,
-    migrated,
-)
+from jaxmorph.storage.checkpoint_folder import move_aside
+from jaxmorph.storage.declared import mismatch
+from jaxmorph.storage.formats import MIGRATIONS, Migrations, current_format
 from jaxmorph.storage.manifest import (
     check_leaves,
     describe_leaves,
-    problem_of,
     read_manifest,
     state_sha256,
     write_manifest,
 )
 from jaxmorph.storage.retention import best, last_good, prune, remove, set_aside
+from jaxmorph.storage.run_lock import RunLockLostError
+from jaxmorph.storage.verification import EXPECTED, CorruptCheckpointsError, Verification
 from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.files import rename_folder, write_new
@@ -51,16 +49,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointError", "Checkpoints", "CorruptCheckpointsError", "state_sha256"]
 
-_EXPECTED = "a sound checkpoint; restore one from a backup, or start again in another --run_dir"
 _NONE = -1  # what process 0 broadcasts if there is no step
+
+
+def any_object(meta: Any) -> str | None:
+    """Return what is wrong with a meta that may be any JSON object."""
+    return mismatch(meta, dict[str, Any])
 
 
 class CheckpointError(FailedError):
     """A checkpoint could not be written; the run's own state is unchanged."""
-
-
-class CorruptCheckpointsError(InputError):
-    """There are checkpoints, but none is sound."""
 
 
 def say_corrupt(step: int, problem: str) -> None:
@@ -78,17 +76,26 @@ class Checkpoints:
       keep: how many of the newest to keep, at least 1.
       keep_best: also keep the one with the lowest score.
       migrations: how to convert older formats to the current one.
+      meta_problem: returns what is wrong with a meta of the current format, None if nothing.
+      check_lock: raises RunLockLostError if the run folder may be another process's.
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_best: bool, migrations: Migrations = MIGRATIONS
+        self,
+        folder: Path,
+        keep: int,
+        keep_best: bool,
+        migrations: Migrations = MIGRATIONS,
+        *,
+        meta_problem: Callable[[Any], str | None] = any_object,
+        check_lock: Callable[[], None] = lambda: None,
     ):
         assert keep >= 1, keep
         self._migrations = migrations
+        self._check_lock = check_lock
         self.folder = Path(folder).absolute()
         self._keep, self._keep_best = keep, keep_best
-        self._sound: set[int] = set()  # written or verified by this process
-        self._corrupt: set[int] = set()
+        self._verified = Verification(self.folder, migrations, meta_problem)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._files = ArrayFiles()
@@ -118,13 +125,14 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the previous save failed, or this one with `wait`.
+          RunLockLostError: likewise, because of the lock; nothing was written or removed since.
         """
 
         self.wait()
         text = json.dumps(meta, indent=1)
         if processes.count() > 1:
             self._try_to_write(step, arrays, text, score, provisional)  # all processes together
-        elif not self._is_sound(step):
+        elif not self._verified.is_sound(step):
             arguments = (step, copied_to_host(arrays), text, score, provisional)
             # not a daemon: an interpreter that exits with an error still finishes the commit
             self._thread = threading.Thread(target=self._try_to_write, args=arguments)
@@ -135,6 +143,7 @@ class Checkpoints:
     def discard(self, step: int) -> None:
         """Remove the checkpoint of a step, so that it can be replaced; older ones stay."""
         self.wait()
+        self._check_lock()
         self._by_first_process(lambda: remove(self.folder, step))
 
     def set_aside(self, after: int) -> list[int]:
@@ -146,9 +155,10 @@ class Checkpoints:
           Their steps.
         """
         self.wait()
+        self._check_lock()
         steps = [step for step in self.steps() if step > after]
         self._by_first_process(lambda: set_aside(self.folder, steps))
-        self._sound -= set(steps)
+        self._verified.sound -= set(steps)
         return steps
 
     def wait(self) -> None:
@@ -156,6 +166,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: it could not be written; names the folder and the reason.
+          RunLockLostError: it was not, because of the lock.
         """
         if self._thread is not None:
             self._thread.join()
@@ -173,12 +184,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, sound or not, oldest first."""
-        names = [each.name for each in self.folder.glob("*") if each.is_dir()]
-        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+        return checkpoint_folder.steps(self.folder)
 
     def newest(self) -> int | None:
         """Return the newest step not known to be corrupt, without reading it; None if none."""
-        return max(set(self.steps()) - self._corrupt, default=None)
+        return max(set(self.steps()) - self._verified.corrupt, default=None)
 
     def latest_sound(self, on_corrupt: Callable[[int, str], None] = say_corrupt) -> int | None:
         """Return the newest step whose checkpoint is sound; None if there is no checkpoint at all.
@@ -192,10 +202,15 @@ class Checkpoints:
           CorruptCheckpointsError: there are checkpoints, and none is sound.
           FormatError: it is of a format that cannot be read.
         """
-        step = self._by_first_process(lambda: self._find_latest_sound(on_corrupt))
+
+        def latest() -> int:
+            step = self._verified.latest(on_corrupt)
+            return _NONE if step is None else step
+
+        step = self._by_first_process(latest)
         if step == _NONE:
             return None
-        self._sound.add(step)  # verified by process 0, so the others need not read it
+        self._verified.sound.add(step)  # verified by process 0, so the others need not read it
         return step
 
     def best(self) -> int | None:
@@ -207,16 +222,21 @@ class Checkpoints:
 
         def find() -> int:
             scores = self._scores()
-            step = last_good({each: scores[each] for each in scores if self._is_sound(each)})
+            step = last_good(
+                {each: scores[each] for each in scores if self._verified.is_sound(each)}
+            )
             return _NONE if step is None else step
 
         step = self._by_first_process(find)
         return None if step == _NONE else step
 
     def remove_partial(self) -> None:
-        """Remove leftovers of killed saves. Only for the holder of the run's lock."""
-        for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+        """Remove leftovers of killed saves. Only for the holder of the run's lock.
+
+        Raises:
+          InputError: see `checkpoint_folder.remove_partial`.
+        """
+        checkpoint_folder.remove_partial(self.folder)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Return the meta saved with a step, converted to the current format, without its arrays.
@@ -225,9 +245,7 @@ class Checkpoints:
           CorruptCheckpointsError: the checkpoint is not sound.
           FormatError: it is of a format that cannot be read.
         """
-        folder, manifest = self._readable(step)
-        meta = json.loads((folder / "meta.json").read_text())
-        return migrated(meta, manifest["format"], self._migrations)
+        return self._verified.meta(step)
 
     def restore(
         self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct], *, part: bool = False
@@ -245,7 +263,7 @@ class Checkpoints:
           FormatError: it is of a format that cannot be read.
         """
 
-        folder, manifest = self._readable(step)
+        folder, manifest = self._verified.readable(step)
         stored = manifest["leaves"]
         if part:
             stored = {path: leaf for path, leaf in stored.items() if path in abstract}
@@ -255,7 +273,7 @@ class Checkpoints:
             return arrays
         if processes.count() == 1 and state_sha256(arrays) != manifest["state_sha256"]:
             raise CorruptCheckpointsError(
-                str(folder), "", "arrays other than those saved", _EXPECTED
+                str(folder), "", "arrays other than those saved", EXPECTED
             )
         return arrays
 
@@ -266,6 +284,8 @@ class Checkpoints:
             self._write(step, arrays, meta, score)
             if not provisional:
                 self._by_first_process(lambda: self._prune(step))
+        except RunLockLostError as error:
+            self._error = error  # what lies there may be another process's
         except Exception as error:
             # frees the space: a full disk is the likely reason
             shutil.rmtree(self.folder / f"{step}.partial", ignore_errors=True)
@@ -280,7 +300,7 @@ class Checkpoints:
     def _write(self, step: int, arrays: Arrays, meta: str, score: float | None) -> None:
         """Write and commit; pruning comes after, so that a kill at any moment is harmless."""
         partial = self.folder / f"{step}.partial"
-        if self._by_first_process(lambda: step if self._is_sound(step) else _NONE) == step:
+        if self._by_first_process(lambda: step if self._verified.is_sound(step) else _NONE) == step:
             return
         crash_point("before_save")
         digest = state_sha256(arrays)
@@ -292,81 +312,36 @@ class Checkpoints:
             number = current_format(self._migrations)
             write_manifest(partial, step, describe_leaves(arrays), digest, score, number)
             crash_point("after_manifest")
-            self._move_aside(step)
+            self._check_lock()
+            move_aside(self.folder, step)
+            self._verified.corrupt.discard(step)
             rename_folder(partial, self.folder / str(step))
             crash_point("after_save")
             return step
 
         self._by_first_process(commit)
-        self._sound.add(step)
+        self._verified.sound.add(step)
 
     def _begin(self, partial: Path, meta: str) -> int:
-        if partial.exists():
-            shutil.rmtree(partial)
+        self._check_lock()
+        if checkpoint_folder.is_taken(partial):
+            checkpoint_folder.remove(partial)
         partial.mkdir(parents=True)
         write_new(partial / "meta.json", meta.encode())
         return _NONE
 
-    def _is_sound(self, step: int) -> bool:
-        return (self.folder / str(step)).is_dir() and self._problem(step) is None
-
-    def _problem(self, step: int) -> str | None:
-        """What is wrong with a step's checkpoint; one verified as sound is not read again."""
-        if step in self._sound:
-            return None
-        problem = problem_of(self.folder / str(step))
-        (self._corrupt if problem else self._sound).add(step)
-        return problem
-
-    def _readable(self, step: int) -> tuple[Path, dict[str, Any]]:
-        """The folder and the manifest of a checkpoint that is sound and of a readable format."""
-        folder = self.folder / str(step)
-        if problem := self._problem(step):
-            raise CorruptCheckpointsError(str(folder), "", problem, _EXPECTED)
-        manifest = read_manifest(folder)
-        check_format(folder, manifest, self._migrations)
-        return folder, manifest
-
-    def _find_latest_sound(self, on_corrupt: Callable[[int, str], None]) -> int:
-        problems = []
-        self._sound.clear()
-        self._corrupt.clear()
-        for step in reversed(self.steps()):
-            problem = self._problem(step)
-            if problem is None:
-                self._readable(step)
-                return step
-            on_corrupt(step, problem)
-            problems.append(f"{step}: {problem}")
-        # one moved aside was replaced by a sound one of its step, unless someone removed that
-        problems += [f"{each.name}: moved aside" for each in self.folder.glob("*.corrupt*")]
-        if not problems:
-            return _NONE
-        listed = "; ".join(problems[:4]) + ("; ..." if len(problems) > 4 else "")
-        got = f"all {len(problems)} checkpoints corrupt ({listed})"
-        raise CorruptCheckpointsError(str(self.folder), "", got, _EXPECTED)
-
-    def _move_aside(self, step: int) -> None:
-        """Free the name of a step whose folder is corrupt, without deleting its contents."""
-        folder = self.folder / str(step)
-        if not folder.exists():
-            return
-        aside, number = self.folder / f"{step}.corrupt", 1
-        while aside.exists():
-            number += 1
-            aside = self.folder / f"{step}.corrupt{number}"
-        rename_folder(folder, aside)
-        self._corrupt.discard(step)
-
     def _prune(self, step: int) -> int:
         """Remove older checkpoints, not counting corrupt ones (all newer ones are corrupt)."""
+        self._check_lock()
         scores = {each: score for each, score in self._scores().items() if each <= step}
-        self._sound -= prune(self.folder, scores, self._keep, self._keep_best)
+        self._verified.sound -= prune(self.folder, scores, self._keep, self._keep_best)
         return _NONE
 
     def _scores(self) -> dict[int, float | None]:
         """The score of every checkpoint not known to be corrupt."""
-        return {step: self._score(step) for step in self.steps() if step not in self._corrupt}
+        return {
+            step: self._score(step) for step in self.steps() if step not in self._verified.corrupt
+        }
 
     def _score(self, step: int) -> float | None:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmorph import __version__
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import named
 
 Meta = dict[str, Any]
 Migrations = Mapping[int, Callable[[Meta], Meta] | str]
@@ -76,4 +77,4 @@ def migrated(meta: Meta, written: int, migrations: Migrations = MIGRATIONS) -> M
 
 def _writer(manifest: Mapping[str, Any]) -> str:
     """The version that wrote a checkpoint, from format 2 on."""
-    return f", version {manifest['jaxmorph']}" if "jaxmorph" in manifest else ""
+    return f", version {named(manifest['jaxmorph'])}" if manifest["jaxmorph"] else ""

@@ -12,8 +12,8 @@
     step
 
 so that a changed bit anywhere, including the manifest itself, is detected: its bytes must equal the
-canonical form of their content. All formats keep these keys and this rule, whatever they add, so
-that a checkpoint of another format can be distinguished from a damaged one.
+canonical form of their content. All formats keep these keys, their types (`Manifest`) and this rule,
+whatever they add, so that a checkpoint of another format can be distinguished from a damaged one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from jaxmorph import __version__
 from jaxmorph.cli.errors import InputError
+from jaxmorph.cli.printing import named
+from jaxmorph.storage.declared import mismatch
 from jaxmorph.system.files import sync_file, sync_folder, write_new
 
 if TYPE_CHECKING:
@@ -35,7 +38,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "manifest.json"
-_KEYS = {"files", "leaves", "manifest_sha256", "score", "state_sha256", "step"}
+
+
+class FileSums(TypedDict):
+    """What a manifest says of a file."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(TypedDict):
+    """A manifest as read; that of format 1 is of version ""."""
+
+    files: dict[str, FileSums]
+    format: int
+    jaxmorph: str
+    leaves: dict[str, tuple[str, list[int]]]
+    score: float | None
+    state_sha256: str
+    step: int
 
 
 def state_sha256(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
@@ -74,7 +95,7 @@ def describe_leaves(arrays: Mapping[str, Any]) -> dict[str, list]:
     return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in arrays.items()}
 
 
-def check_leaves(folder: Path, stored: dict[str, list], wanted: dict[str, list]) -> None:
+def check_leaves(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Check that a checkpoint has the expected leaves (both as `describe_leaves` returns them).
 
     Raises:
@@ -88,7 +109,7 @@ def check_leaves(folder: Path, stored: dict[str, list], wanted: dict[str, list])
             )
 
 
-def _worded(leaf: list | None) -> str:
+def _worded(leaf: Any) -> str:
     return "no such array" if leaf is None else f"{leaf[0]} {tuple(leaf[1])}"
 
 
@@ -127,34 +148,44 @@ def write_manifest(
         sync_folder(Path(parent))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint; its format number is always filled in.
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint.
 
     Raises:
       ValueError: it is missing, damaged or of another step than the folder's name; says which.
     """
-    try:
-        data = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from error
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{MANIFEST} is damaged (not JSON)") from error
-    if (
-        not isinstance(manifest, dict)
-        or not manifest.keys() >= _KEYS
-        or _canonical(manifest) != data
-    ):
+    manifest, data = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or _canonical(manifest) != data:
         raise ValueError(f"{MANIFEST} is damaged (not in canonical form)")
-    digest = manifest.pop("manifest_sha256")
+    digest = manifest.pop("manifest_sha256", None)
     if hashlib.sha256(_canonical(manifest)).hexdigest() != digest:
         raise ValueError(f"{MANIFEST} is damaged (its digest differs)")
+    manifest = {"format": 1, "jaxmorph": ""} | manifest
+    if problem := mismatch(manifest, Manifest):
+        raise ValueError(f"{MANIFEST} is damaged ({problem})")
+    if manifest["format"] < 1:
+        raise ValueError(f"{MANIFEST} is damaged (format is {manifest['format']}, not from 1 on)")
     if str(manifest["step"]) != folder.name:
         raise ValueError(f"{MANIFEST} is of step {manifest['step']}")
-    if type(number := manifest.setdefault("format", 1)) is not int or number < 1:
-        raise ValueError(f"{MANIFEST} is damaged (its format is not a number)")
-    return manifest
+    return cast(Manifest, manifest)
+
+
+def read_json(path: Path) -> tuple[Any, bytes]:
+    """Return the value and the bytes of a JSON file.
+
+    Raises:
+      ValueError: it cannot be read, or is not JSON; names the file.
+    """
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+            raise ValueError(f"{path.name} is not a plain file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
+    try:
+        return json.loads(data), data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is damaged (not JSON)") from error
 
 
 def problem_of(folder: Path) -> str | None:
@@ -163,23 +194,30 @@ def problem_of(folder: Path) -> str | None:
         expected = read_manifest(folder)["files"]
         found = _files(folder)
         if missing := sorted(set(expected) - set(found)):
-            return f"{missing[0]} is missing"
+            return f"{named(missing[0])} is missing"
         if extra := sorted(set(found) - set(expected)):
-            return f"{extra[0]} is not in its manifest"
+            return f"{named(extra[0])} is not in its manifest"
         for name in found:
-            size = (folder / name).stat().st_size
-            if size != expected[name]["size"]:
-                return f"{name} has {size} bytes, not {expected[name]['size']}"
-            if _sums(folder / name) != expected[name]:
-                return f"{name} is damaged (its SHA-256 differs)"
+            if problem := _problem_of_file(folder / name, expected[name]):
+                return f"{named(name)} {problem}"
     except ValueError as error:
         return str(error)
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
     return None
 
 
-def _canonical(manifest: dict[str, Any]) -> bytes:
+def _problem_of_file(path: Path, expected: FileSums) -> str | None:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a plain file"
+        if status.st_size != expected["size"]:
+            return f"has {status.st_size} bytes, not {expected['size']}"
+        return None if _sums(path) == expected else "is damaged (its SHA-256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _canonical(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -193,7 +231,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _sums(path: Path) -> dict[str, Any]:
+def _sums(path: Path) -> FileSums:
     """Digest and size of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,10 +7,11 @@ can go on from them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxmorph.storage import checkpoint_folder
+from jaxmorph.storage.checkpoint_folder import is_taken
 from jaxmorph.system.files import rename_folder
 
 Scores = Mapping[int, float | None]  # by step
@@ -53,7 +54,7 @@ def prune(folder: Path, scores: Scores, keep: int, keep_best: bool) -> set[int]:
     good = last_good(scores)
     for aside in folder.glob("*.diverged"):
         if good is not None and aside.stem.isdigit() and int(aside.stem) <= good:
-            shutil.rmtree(aside)
+            checkpoint_folder.remove(aside)
     return removed
 
 
@@ -63,9 +64,9 @@ def remove(folder: Path, step: int) -> int:
     It is renamed first, so that a kill midway leaves no checkpoint that looks corrupt.
     """
     partial = folder / f"{step}.partial"
-    if (folder / str(step)).exists():
+    if is_taken(folder / str(step)):
         rename_folder(folder / str(step), partial)
-        shutil.rmtree(partial)
+        checkpoint_folder.remove(partial)
     return step
 
 
@@ -73,6 +74,7 @@ def set_aside(folder: Path, steps: Sequence[int]) -> int:
     """Rename checkpoints to STEP.diverged, in place of older ones of that name; return how many."""
     for step in steps:
         aside = folder / f"{step}.diverged"
-        shutil.rmtree(aside, ignore_errors=True)
+        if is_taken(aside):
+            checkpoint_folder.remove(aside)
         rename_folder(folder / str(step), aside)
     return len(steps)

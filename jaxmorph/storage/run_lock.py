@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import os
 import socket
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
-from jaxmorph.cli.errors import InputError
+from filelock import FileLock, Timeout
+
+from jaxmorph.cli.errors import FailedError, InputError
+
+
+class RunLockLostError(FailedError):
+    """The run folder's lock file is not the one that this process has locked."""
 
 
 class RunLock:
     """Hold a run folder for this process; a context manager.
 
-    The lock is the kernel's (`flock` on `RUN_DIR/lock`), so it is released however the process dies,
+    The lock is the operating system's, on `RUN_DIR/lock`, so it is released however the process dies,
     and a file left by a dead process blocks nobody. The file names its holder.
+
+    The system locks a file, not its name: if the file is removed or replaced, a second process can
+    lock the new one. The holder notices by `check`, and must then leave the folder alone.
 
     Args:
       run_dir: the folder; created if missing.
 
     Attributes:
+      run_dir: the folder.
       taken_over_from: after entering, the process that died holding the lock ("" if none).
     """
 
     def __init__(self, run_dir: Path):
-        self._run_dir = Path(run_dir)
-        self._file: BinaryIO | None = None
+        self.run_dir = Path(run_dir)
         self.taken_over_from = ""
+        self._path = self.run_dir / "lock"
+        self._descriptor: int | None = None  # of the locked file
+        self._lock = FileLock(
+            self._path,
+            blocking=False,
+            fallback_to_soft=False,  # a lock that outlives its holder would block the next process
+            preserve_lock_file=True,  # removing it would race with the next process
+            on_acquired=self._take,
+        )
 
     def __enter__(self) -> RunLock:
         """Take the lock.
@@ -40,19 +56,15 @@ class RunLock:
           InputError: another process holds it (pid, host and start are named), or the folder
             cannot be made or locked.
         """
-        assert self._file is None, "already held"
-        file = self._open()
+        assert self._descriptor is None, "already held"
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.taken_over_from = _holder(file)
-            _overwrite(file, f"{_this_process()}\n".encode())
-        except BlockingIOError:
-            with file:
-                raise self._refusal(file) from None
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise self._refusal() from None
         except OSError as error:
-            file.close()
-            raise self._unusable(error) from error
-        self._file = file
+            expected = f"a folder that can be written and locked ({error.strerror})"
+            raise InputError("--run_dir", "", str(self.run_dir), expected) from error
         return self
 
     def __exit__(
@@ -61,49 +73,64 @@ class RunLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Release the lock. The file stays: removing it would race with the next process."""
-        assert self._file is not None, "not held"
-        with self._file as file:
-            self._file = None
-            # on a full disk the name stays and reads as a takeover; the lock is still released
-            with contextlib.suppress(OSError):
-                _overwrite(file, b"")
+        """Release the lock. The file stays, empty."""
+        assert self._descriptor is not None, "not held"
+        # on a full disk the name stays and reads as a takeover; the lock is still released
+        with contextlib.suppress(OSError):
+            if self._lost() is None:
+                os.ftruncate(self._descriptor, 0)
+        self._descriptor = None
+        self._lock.release()
 
-    def _open(self) -> BinaryIO:
+    def check(self) -> None:
+        """Check that `RUN_DIR/lock` is still the file that this process has locked.
+
+        Raises:
+          RunLockLostError: it is gone or another one, so that another process may use the folder.
+        """
+        if (why := self._lost()) is not None:
+            raise RunLockLostError(
+                f"{self._path}, which this process has locked, {why}; another process may use the "
+                "folder, so this one stops and writes nothing more to it. The same command "
+                "continues from the newest checkpoint there"
+            )
+
+    def _lost(self) -> str | None:
+        """What has happened to the lock file; None if nothing."""
+        assert self._descriptor is not None, "not held"
         try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            return open(self._run_dir / "lock", "a+b", buffering=0)  # type: ignore[return-value]
+            found = os.stat(self._path)
         except OSError as error:
-            raise self._unusable(error) from error
+            return f"cannot be found ({error.strerror})"
+        same = os.path.samestat(found, os.fstat(self._descriptor))
+        return None if same else "was replaced by another file"
 
-    def _unusable(self, error: OSError) -> InputError:
-        expected = f"a folder that can be written and locked ({error.strerror})"
-        return InputError("--run_dir", "", str(self._run_dir), expected)
+    def _take(self, descriptor: int) -> None:
+        """Write this process's name into the file just locked."""
+        self.taken_over_from = _holder(self._path)
+        started = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        name = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"\n{name}\n".encode())
+        self._descriptor = descriptor
 
-    def _refusal(self, file: BinaryIO) -> InputError:
-        holder = _holder(file)
+    def _refusal(self) -> InputError:
+        holder = _holder(self._path)
         for _ in range(10):  # the holder may have locked the file but not yet written its name
             if holder:
                 break
             time.sleep(0.02)
-            holder = _holder(file)
+            holder = _holder(self._path)
         expected = (
             f"a run folder that no other process uses; {holder or 'another process'} uses it: "
             "wait for it, stop it, or name another --run_dir"
         )
-        return InputError("--run_dir", "", str(self._run_dir), expected)
+        return InputError("--run_dir", "", str(self.run_dir), expected)
 
 
-def _this_process() -> str:
-    started = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()}, started {started}"
-
-
-def _holder(file: BinaryIO) -> str:
-    file.seek(0)
-    return file.read(1000).decode("utf-8", "replace").strip()
-
-
-def _overwrite(file: BinaryIO, data: bytes) -> None:
-    file.truncate(0)
-    file.write(data)
+def _holder(path: Path) -> str:
+    """Who holds or held the lock; "" if the file does not say."""
+    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+        file.seek(1)  # Windows lets nobody read the first byte, which is the one that is locked
+        return file.read(1000).decode("utf-8", "replace").strip()
+    return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def rename_folder(folder: Path, name: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk (a rename is not until then)."""
+    if sys.platform == "win32":  # which lets nobody open a folder, and asks for no such thing
+        return
     _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 

@@ -22,8 +22,9 @@ from jaxmorph.growth.schedule import schedule_json
 from jaxmorph.report.page import report_is_current, write_report
 from jaxmorph.step.metrics import METRIC_TABLE, table_to_json
 from jaxmorph.step.state import TrainState
+from jaxmorph.storage.checkpoint_folder import make_folder
 from jaxmorph.storage.checkpoints import CheckpointError, Checkpoints
-from jaxmorph.storage.run_lock import RunLock
+from jaxmorph.storage.run_lock import RunLock, RunLockLostError
 from jaxmorph.storage.start_log import record_start, software_facts
 from jaxmorph.system.files import refusing_bad_paths, replace_text
 from jaxmorph.system.peak_flops import peak_flops
@@ -33,7 +34,7 @@ from jaxmorph.training.ending import ending, is_finished, not_fired
 from jaxmorph.training.operate import OperationFailedError
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup, prepare
-from jaxmorph.training.resume import resume
+from jaxmorph.training.resume import open_checkpoints, resume
 from jaxmorph.training.run import Run
 from jaxmorph.training.run_logs import NO_LINES
 from jaxmorph.training.step_log import DivergedError, StepLog
@@ -76,11 +77,12 @@ def train(
     tables, turns = tables or Tables(), turns or TURNS
     check_turns(turns)
     run_dir = _checked_folder(plan.settings)
-    with _precision(plan.settings), RunLock(run_dir), StopSignals() as signals:
-        with refusing_bad_paths():
-            (run_dir / "checkpoints").mkdir(exist_ok=True)
-        setup = prepare(plan, sources, run_dir, tables)
-        with _closing(setup.checkpoints), _closing(setup.compiler), _closing(setup.logs):
+    with _precision(plan.settings), RunLock(run_dir) as lock, StopSignals() as signals:
+        make_folder(run_dir / "checkpoints")
+        kept = plan.settings.run.keep_checkpoints, plan.settings.run.keep_best
+        checkpoints = open_checkpoints(run_dir, *kept, lock.check)
+        setup = prepare(plan, sources, lock, checkpoints, tables)
+        with _closing(checkpoints), _closing(setup.compiler), _closing(setup.logs):
             state, position, resumed = begin_or_resume(setup)
             if is_finished(setup, position):
                 say(f"The run is finished: step {position.step} of {setup.total_steps}.")
@@ -91,6 +93,7 @@ def train(
                 _record_start(setup, position, resumed=resumed)
                 with _failing_in_one_message(setup):
                     status = run_steps(setup, state, position, signals, turns, resumed=resumed)
+        lock.check()
         _report_if_missing(run_dir)
         return status
 
@@ -218,17 +221,21 @@ def _run_loop(run: Run, turns: Sequence[Turn], *, resumed: bool) -> None:
     after_step = functools.partial(take_turns, turns=turns)
     run.setup.compiler.prefetch_after(run.position.next_operation)
     run.log.restart_clock()
-    if not resumed:
-        after_step(run)
-    elif run.position.pending is not None:
-        retry_operation(run, turns)
-    else:
-        catch_up(run, turns)
-    while not run.is_stopping:
-        run.update_until_stage_changes(after_step)
-    run.save()  # a signal may have come after the last step's own save
-    if run.is_last and not run.is_good:
-        raise DivergedError(f"the run ended at step {run.step} with a loss that is not finite")
+    try:
+        if not resumed:
+            after_step(run)
+        elif run.position.pending is not None:
+            retry_operation(run, turns)
+        else:
+            catch_up(run, turns)
+        while not run.is_stopping:
+            run.update_until_stage_changes(after_step)
+        run.save()  # a signal may have come after the last step's own save
+        if run.is_last and not run.is_good:
+            raise DivergedError(f"the run ended at step {run.step} with a loss that is not finite")
+    except RunLockLostError:
+        run.log.discard()  # closing it must write nothing
+        raise
 
 
 def _record_start(setup: Setup, position: Position, *, resumed: bool) -> None:

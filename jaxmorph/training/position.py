@@ -6,9 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from jaxmorph.config.settings import Count, Within
 from jaxmorph.growth.triggers import LossTrend, Reason
+
+Total = Annotated[int, Within(low=0)]
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class Position:
       turns: what the loop's turns remember between calls, by name; JSON values.
     """
 
-    step: int = 0
-    examples: int = 0
-    tokens: int = 0
-    flops: int = 0
+    step: Count = 0
+    examples: Total = 0
+    tokens: Total = 0
+    flops: Total = 0
     val_loss: float | None = None
     trend: LossTrend = field(default_factory=LossTrend)
-    next_operation: int = 0
-    last_operation_step: int = 0
+    next_operation: Count = 0
+    last_operation_step: Count = 0
     pending: Reason | None = None
     turns: Mapping[str, Any] = field(default_factory=dict)
 

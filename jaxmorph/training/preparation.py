@@ -28,6 +28,7 @@ from jaxmorph.step.programs import distinct_specs
 from jaxmorph.step.sharding import make_mesh, mesh_shape
 from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
+from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.training.active_stage import ActiveStage
 from jaxmorph.training.room import room_of
 from jaxmorph.training.run_logs import RunLogs
@@ -47,7 +48,7 @@ class Setup:
     compiler: StageCompiler
     checkpoints: Checkpoints
     logs: RunLogs
-    run_dir: Path
+    lock: RunLock
     tables: Tables
     command: str  # goes on with the run, typed in the same folder
 
@@ -55,6 +56,11 @@ class Setup:
     def settings(self) -> Settings:
         """Return the checked settings."""
         return self.plan.settings
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the run folder."""
+        return self.lock.run_dir
 
     def activate(self, index: int) -> ActiveStage:
         """Return the objects used in stage `index`, with its programs compiled."""
@@ -67,13 +73,16 @@ class Setup:
         )
 
 
-def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setup:
+def prepare(
+    plan: Plan, sources: Sources, lock: RunLock, checkpoints: Checkpoints, tables: Tables
+) -> Setup:
     """Read the corpus and complete the plan; compile nothing and create no state yet.
 
     Args:
       plan: what is known about the run without corpus and devices.
       sources: where each setting came from.
-      run_dir: the run's folder.
+      lock: of the run's folder, held.
+      checkpoints: of the run.
       tables: the tables that define the run.
 
     Raises:
@@ -93,7 +102,6 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
     _print_summary(plan, corpus, mesh, total)
     for warning in warnings:
         say(f"warning: {warning}")
-    kept = settings.run.keep_checkpoints
 
     def validation_specs(shape: RunShape) -> list[Batch]:
         return distinct_specs(_validation(task, corpus, plan, shape))
@@ -105,9 +113,9 @@ def prepare(plan: Plan, sources: Sources, run_dir: Path, tables: Tables) -> Setu
         total_steps=total,
         mesh=mesh,
         compiler=StageCompiler(plan, mesh, validation_specs, tables),
-        checkpoints=Checkpoints(run_dir / "checkpoints", kept, settings.run.keep_best),
-        logs=RunLogs(run_dir),
-        run_dir=run_dir,
+        checkpoints=checkpoints,
+        logs=RunLogs(lock.run_dir),
+        lock=lock,
         tables=tables,
         command=_command(settings, sources),
     )

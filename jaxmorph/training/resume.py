@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxmorph.model.blocks import Gates, Params
 from jaxmorph.model.tree_paths import from_leaves, leaves_by_path
 from jaxmorph.step.state import GATES, TrainState, gates_of
 from jaxmorph.storage.checkpoints import Checkpoints
+from jaxmorph.storage.declared import mismatch
 from jaxmorph.storage.json_lines import LogMark
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup
@@ -63,6 +65,37 @@ class CheckpointRecord:
             list(meta["schedule"]),
             {name: LogMark(**mark) for name, mark in meta["logs"].items()},
         )
+
+    @staticmethod
+    def problem_of(meta: Any) -> str | None:
+        """Return why a checkpoint's meta is not a record that `to_meta` wrote; None if it is one."""
+        if problem := mismatch(meta, CheckpointRecord):
+            return problem
+        fired, entries = meta["position"]["next_operation"], len(meta["schedule"])
+        return f"position.next_operation is {fired}, of {entries}" if fired > entries else None
+
+
+def open_checkpoints(
+    run_dir: Path,
+    keep: int = 1,
+    keep_best: bool = False,
+    check_lock: Callable[[], None] = lambda: None,
+) -> Checkpoints:
+    """Return the checkpoints of a run; one whose meta is not a `CheckpointRecord` counts as corrupt.
+
+    Args:
+      run_dir: the run folder.
+      keep: see `Checkpoints`.
+      keep_best: likewise.
+      check_lock: likewise; a reader needs no lock.
+    """
+    return Checkpoints(
+        run_dir / "checkpoints",
+        keep,
+        keep_best,
+        meta_problem=CheckpointRecord.problem_of,
+        check_lock=check_lock,
+    )
 
 
 def schedule_record(entries: Sequence[Entry]) -> list[dict[str, str]]:

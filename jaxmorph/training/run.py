@@ -128,6 +128,7 @@ class Run:
         try:
             while self.active is active and not self.is_stopping:
                 crash_point("step")
+                self.setup.lock.check()
                 sums = self._update(stream, sums)
                 after_step(self)
         finally:
@@ -200,7 +201,11 @@ class Run:
 
         Args:
           provisional: an operation is still to be done at this step.
+
+        Raises:
+          RunLockLostError: the run folder may be another process's by now; nothing is written.
         """
+        self.setup.lock.check()
         checkpoints = self.setup.checkpoints
         if self.step == self._saved.step and self.position != self._saved:
             checkpoints.discard(self.step)  # first, as it does not know the lines to come

@@ -116,6 +116,11 @@ class StepLog:
         while self._pending:
             self._fetch()
 
+    def discard(self) -> None:
+        """Forget the lines not yet written, and leave the trackers alone."""
+        self._pending.clear()
+        self._held, self._trackers = None, []
+
     def close(self) -> None:
         """Write all lines and close the trackers."""
         self.flush()

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+OTHER_TYPES = (None, True, 3, -1, 0.5, 10**30, "x", "", [], [1], {}, {"a": 1})  # of every JSON type
+
 
 def rewrite(folder: Path, meta: dict | None = None, **changes) -> None:
     """Give a checkpoint other meta and other entries of its manifest (None: without it), soundly."""
@@ -27,3 +29,29 @@ def canonical(manifest: dict) -> bytes:
 def all_bytes(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def places(value, path=()):
+    """Yield where the values of a JSON value are, itself not counted."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, item in items:
+        yield (*path, name)
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, name))
+
+
+def replaced(value, path, new):
+    """Return a JSON value with another one at a place."""
+    if not path:
+        return new
+    name, *rest = path
+    copy = value.copy()
+    copy[name] = replaced(value[name], rest, new)
+    return copy
+
+
+def at(value, path):
+    """Return the value at a place."""
+    for name in path:
+        value = value[name]
+    return value

@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from other_formats import all_bytes
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.storage.checkpoint_folder import make_folder
 from jaxmorph.storage.checkpoints import (
     CheckpointError,
     Checkpoints,
     CorruptCheckpointsError,
     state_sha256,
 )
+from jaxmorph.storage.run_lock import RunLock, RunLockLostError
 
 META = {"config": {"n_layers": 2, "eps": 1e-8}, "examples": 2**40, "loss": None}
 
@@ -333,6 +336,94 @@ def test_failed_write_is_raised_once_with_its_reason_and_leaves_the_rest(checkpo
     assert names(checkpoints) == ["1"]
     checkpoints.save(3, big, META, score=None, wait=True)
     assert reopened(checkpoints).latest_sound() == 3
+
+
+def test_a_save_under_way_does_not_commit_once_the_lock_is_lost(tmp_path, monkeypatch):
+    """It leaves its unfinished folder: by then another process may write one of that name."""
+    with RunLock(tmp_path) as lock:
+        made = Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=False, check_lock=lock.check)
+        made.save(1, arrays_of(1), META, score=None, wait=True)
+        save, begun, held = made._files.save, threading.Event(), threading.Event()
+
+        def save_late(*arguments):
+            begun.set()
+            assert held.wait(20)
+            save(*arguments)
+
+        monkeypatch.setattr(made._files, "save", save_late)
+        made.save(2, arrays_of(2), META, score=None)
+        assert begun.wait(20)
+        (tmp_path / "lock").unlink()
+        held.set()
+        with pytest.raises(RunLockLostError):
+            made.wait()
+        assert names(made) == ["1", "2.partial"]
+        with pytest.raises(RunLockLostError):
+            made.save(3, arrays_of(3), META, score=None, wait=True)
+        assert names(made) == ["1", "2.partial"]
+        made.close()
+
+
+def test_linked_checkpoints_are_read_and_only_the_links_removed(two_checkpoints, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(two_checkpoints, elsewhere)
+    before = all_bytes(elsewhere)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2):
+        (folder / str(step)).symlink_to(elsewhere / str(step))
+    (folder / "3").symlink_to(tmp_path / "nothing")
+    (folder / "4").symlink_to("4")
+    (folder / "5.partial").symlink_to(elsewhere / "1")
+    made = Checkpoints(folder, keep=1, keep_best=False)
+    made.remove_partial()
+    assert made.latest_sound() == 2
+    assert_restores(made, 2)
+    made.save(3, arrays_of(3), META, score=None, wait=True)
+    assert names(made) == ["3", "3.corrupt", "4"]
+    made.discard(3)
+    made.save(4, arrays_of(4), META, score=None, wait=True)
+    assert names(made) == ["3.corrupt", "4", "4.corrupt"]
+    assert all_bytes(elsewhere) == before
+    made.close()
+
+
+def test_files_in_the_way_are_moved_aside_or_named(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "copy")
+    made = Checkpoints(tmp_path / "copy", keep=2, keep_best=False)
+    (made.folder / "3").write_text("mine")
+    (made.folder / "notes.partial").mkdir()
+    assert made.latest_sound() == 2
+    made.save(3, arrays_of(3), META, score=None, wait=True)
+    assert (made.folder / "3.corrupt").read_text() == "mine"
+    (made.folder / "4.partial").write_text("mine")
+    (made.folder / "5.partial").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint 4 could.*: Not a directory"):
+        made.save(4, arrays_of(4), META, score=None, wait=True)
+    with pytest.raises(
+        InputError, match=r"4\.partial: got 'a file', expected a folder that a save"
+    ):
+        made.remove_partial()
+    assert (made.folder / "4.partial").read_text() == "mine"
+    (made.folder / "4.partial").unlink()
+    made.remove_partial()
+    assert names(made) == ["2", "3", "3.corrupt", "notes.partial"]
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda path: path.write_text("mine"), "a file"),
+        (lambda path: path.symlink_to(path.parent), "a link"),
+        (lambda path: path.symlink_to("nothing"), "a link"),
+    ],
+)
+def test_what_is_no_folder_of_checkpoints_is_refused(tmp_path, make, got):
+    make(tmp_path / "checkpoints")
+    with pytest.raises(InputError, match=f"checkpoints: got '{got}', expected a folder"):
+        make_folder(tmp_path / "checkpoints")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_what_json_cannot_say_is_raised_at_once(checkpoints):

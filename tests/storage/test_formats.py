@@ -130,9 +130,17 @@ def test_damage_is_found_before_any_migration(folder):
         made.read_meta(3)
 
 
-@pytest.mark.parametrize("number", ["2", 0, 2.0, True])
-def test_a_format_that_is_no_number_is_damage(folder, number):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        ("2", "'2', not a whole number"),
+        (0, "0, not from 1 on"),
+        (2.0, "2.0, not a whole number"),
+        (True, "True, not a whole number"),
+    ],
+)
+def test_a_format_that_is_no_number_is_damage(folder, number, said):
     rewrite(folder / "3", format=number)
     told = {}
     assert opened(folder).latest_sound(told.__setitem__) == 1
-    assert told == {3: "manifest.json is damaged (its format is not a number)"}
+    assert told == {3: f"manifest.json is damaged (format is {said})"}

@@ -8,6 +8,7 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from other_formats import OTHER_TYPES, at, places, replaced, rewrite
 
 import jaxmorph
 from jaxmorph.storage.manifest import (
@@ -88,6 +89,11 @@ def damage_manifest_consistently(folder):
     path.write_text(path.read_text().replace('"step":2', '"step":3'))
 
 
+def in_place_of(path, make):
+    path.unlink()
+    make(path)
+
+
 DAMAGES = {
     "truncated": (lambda f: os.truncate(f / "meta.json", 10), "meta.json has 10 bytes, not"),
     "emptied": (lambda f: os.truncate(f / "state/manifest.ocdbt", 0), "has 0 bytes, not"),
@@ -106,6 +112,40 @@ DAMAGES = {
         ),
         "canonical",
     ),
+    "a folder for a file": (lambda f: in_place_of(f / "meta.json", os.mkdir), "is missing"),
+    "a file for a folder": (
+        lambda f: (shutil.rmtree(f / "state"), (f / "state").touch()),
+        "state/d/empty is missing",
+    ),
+    "a link to nothing": (
+        lambda f: in_place_of(f / "meta.json", lambda path: path.symlink_to("nothing")),
+        "meta.json cannot be read (No such file or directory)",
+    ),
+    "a link to itself": (
+        lambda f: in_place_of(f / "meta.json", lambda path: path.symlink_to("meta.json")),
+        "meta.json cannot be read (Too many levels of symbolic links)",
+    ),
+    "a pipe": (lambda f: in_place_of(f / "meta.json", os.mkfifo), "meta.json is not a plain file"),
+    "a pipe for a manifest": (
+        lambda f: in_place_of(f / "manifest.json", os.mkfifo),
+        "manifest.json is not a plain file",
+    ),
+    "a device": (
+        lambda f: in_place_of(f / "meta.json", lambda path: path.symlink_to("/dev/zero")),
+        "meta.json is not a plain file",
+    ),
+    "a folder for a manifest": (
+        lambda f: in_place_of(f / "manifest.json", os.mkdir),
+        "manifest.json is not a plain file",
+    ),
+    "a name with an escape": (
+        lambda f: (f / "\x1b[31mred").touch(),
+        r"\x1b[31mred is not in its manifest",
+    ),
+    "a manifest too deep": (
+        lambda f: (f / "manifest.json").write_text("[" * 100_000),
+        "manifest.json is damaged (not JSON)",
+    ),
     "other step": (damage_manifest_consistently, "its digest differs"),
     "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "manifest.json cannot be read"),
     "another's folder": (
@@ -122,3 +162,27 @@ def test_damage_is_found_and_named(tmp_path, damage):
     inflict(make(tmp_path / "2", 2))
     assert said in str(problem_of(tmp_path / "2"))
     assert problem_of(tmp_path / "1") is None
+
+
+def test_a_value_of_another_type_in_a_manifest_is_damage(tmp_path):
+    """Written soundly, digest and form: what a bug or another program might leave."""
+    folder = make(tmp_path / "2", 2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    also: dict[tuple, tuple[type, ...]] = {
+        ("score",): (int, type(None)),
+        ("format",): (type(None),),  # absent from format 1, and so is the next
+        ("jaxmorph",): (type(None),),
+    }
+    tried = 0
+    for path in places(manifest):
+        for new in OTHER_TYPES:
+            meant = (type(at(manifest, path)), *also.get(path, ()))
+            if path[0] == "manifest_sha256" or type(new) in meant:
+                continue
+            changed = replaced(manifest[path[0]], path[1:], new)
+            rewrite(folder, **manifest | {str(path[0]): changed})
+            assert str(problem_of(folder)).startswith("manifest.json is damaged ("), (path, new)
+            tried += 1
+    assert tried > 150
+    rewrite(folder, **manifest)
+    assert problem_of(folder) is None

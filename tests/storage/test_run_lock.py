@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxmorph.cli.errors import InputError
-from jaxmorph.storage.run_lock import RunLock
+from jaxmorph.storage.run_lock import RunLock, RunLockLostError
 
 HOLD = """
 import sys, time
@@ -65,6 +65,67 @@ def test_lock_is_released_when_the_body_raises(tmp_path):
         raise ZeroDivisionError
     with RunLock(tmp_path / "new" / "run"):
         pass
+
+
+def replaced_by_a_copy(lock):
+    content = lock.read_bytes()
+    lock.unlink()
+    lock.write_bytes(content)
+
+
+LOSSES = {
+    "removed": (lambda lock: lock.unlink(), "cannot be found (No such file or directory)"),
+    "replaced": (replaced_by_a_copy, "was replaced by another file"),
+    "run folder moved": (
+        lambda lock: lock.parent.rename(lock.parent.with_name("moved")),
+        "cannot be found (No such file or directory)",
+    ),
+    "run folder a file": (
+        lambda lock: (lock.parent.rename(lock.parent.with_name("moved")), lock.parent.touch()),
+        "cannot be found (Not a directory)",
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_holder_notices_that_its_lock_is_gone_and_leaves_the_file_alone(tmp_path, loss):
+    lose, said = LOSSES[loss]
+    file = tmp_path / "run" / "lock"
+    with RunLock(file.parent) as lock:
+        lock.check()
+        name = file.read_bytes()
+        lose(file)
+        with pytest.raises(RunLockLostError) as noticed:
+            lock.check()
+    assert str(noticed.value).startswith(f"{file}, which this process has locked, {said}; another")
+    for left in (file, tmp_path / "moved" / "lock"):
+        assert not left.is_file() or left.read_bytes() == name
+
+
+def test_a_second_process_gets_in_where_the_lock_was_removed_and_the_first_one_notices(tmp_path):
+    with RunLock(tmp_path) as first:
+        (tmp_path / "lock").unlink()
+        with RunLock(tmp_path) as second:
+            with pytest.raises(RunLockLostError):
+                first.check()
+            second.check()
+        second_name = (tmp_path / "lock").read_bytes()
+    assert second_name == (tmp_path / "lock").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to("elsewhere"), "Too many levels of symbolic links"),
+        (lambda path: os.mkfifo(path), "Invalid argument"),
+    ],
+)
+def test_a_lock_that_is_no_plain_file_is_refused(tmp_path, make, said):
+    make(tmp_path / "lock")
+    with pytest.raises(InputError, match=rf"can be written and locked \({said}\)"):
+        RunLock(tmp_path).__enter__()
+    assert sorted(os.listdir(tmp_path)) == ["lock"]
 
 
 def test_unusable_folder_is_named(tmp_path):
