@@ -14,7 +14,7 @@ T = 7
 TOKENS = np.arange(1003, dtype=np.uint16)  # every token is its own position
 
 
-def stream(tokens=TOKENS, **changes):
+def stream(tokens: np.ndarray = TOKENS, **changes):
     return ExampleStream(tokens, **({"seq_len": T, "seed": 5} | changes))
 
 
