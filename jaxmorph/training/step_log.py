@@ -117,9 +117,9 @@ class StepLog:
             self._fetch()
 
     def discard(self) -> None:
-        """Forget the lines not yet written, and leave the trackers alone."""
+        """Forget the lines not yet written; trackers keep theirs, in files of this process."""
         self._pending.clear()
-        self._held, self._trackers = None, []
+        self._held = None
 
     def close(self) -> None:
         """Write all lines and close the trackers."""

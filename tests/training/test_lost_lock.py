@@ -12,7 +12,7 @@ from jaxmorph.training.turns import TURNS, Turn
 TINY = [
     *("--n_layers", "1", "--d_model", "8", "--n_heads", "1", "--seq_len", "8", "--batch_size", "2"),
     *("--mesh", "data=1", "--eval_iters", "1", "--eval_interval", "4", "--max_steps", "8"),
-    *("--checkpoint_interval", "3", "--log_interval", "1", "--tensorboard"),
+    *("--checkpoint_interval", "3", "--log_interval", "1"),
     *("--progress", "off"),
 ]
 
