@@ -87,7 +87,7 @@ def test_all_that_a_run_writes_it_writes_here():
         if (lines := [x for x in path.read_text().splitlines() if writing.search(x)])
     }
     # the cache of tokenised text is not part of a run; a lock names its holder, or not
-    others = {"data/examples.py", "storage/run_lock.py"}
+    others = {"data/cache.py", "storage/run_lock.py"}
     assert found.pop("system/files.py")
     assert {name: lines for name, lines in found.items() if name not in others} == {}
 
