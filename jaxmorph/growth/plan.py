@@ -190,8 +190,8 @@ def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
         now = getattr(after, name)
         if isinstance(was, int) and was != now == was * value and 1 < was < value:
             factor, size = written(value / was), written(value)
-            other = f", and set_{name} {size}" if f"set_{name}" in OPERATIONS else ""
-            return f"{size} is a factor here, and {factor} gives {name} {size}{other}"
+            other = f", as does set_{name} {size}" if f"set_{name}" in OPERATIONS else ""
+            return f"{size} is a factor here: {factor} gives {name} {size}{other}"
     return ""
 
 

@@ -136,12 +136,12 @@ def test_a_size_given_for_a_factor_is_refused_and_the_factor_named(tmp_path):
         "d_ff 1,536 -> 4,718,592",
         "3.75M -> 7.26B parameters",
         "116GB for parameters, gradients and optimizer state, of 25GB, this machine's memory",
-        "3072 is a factor here, and 2 gives d_ff 3072",
+        "3072 is a factor here: 2 gives d_ff 3072, as does set_d_ff 3072",
         "--allow_oversized",
     ):
         assert words in text
     assert plan.stages[2].warnings == (
-        "widen_mlp: 3072 is a factor here, and 2 gives d_ff 3072",
+        "widen_mlp: 3072 is a factor here: 2 gives d_ff 3072, as does set_d_ff 3072",
     )  # on a machine where it fits
     assert _plan(tmp_path, [entry("widen_mlp", 3)]).stages[1].warnings == ()
 
