@@ -81,7 +81,7 @@ def places(
         parameter = "" if isinstance(kind, NamedAxes) else parameter
         found.append(Place(path, field_name(path), parameter, kind))
     if unknown:
-        raise _unaccounted(unknown)
+        raise _unaccounted(unknown, [path for path, _ in leaves])
     return found
 
 
@@ -144,12 +144,16 @@ def _check_kind(name: str, kind: Any, mirrored: bool) -> None:
         raise InputError("fields", name, kind, expected)
 
 
-def _unaccounted(unknown: Sequence[tuple[Path, Owner | None, str]]) -> InputError:
+def _unaccounted(
+    unknown: Sequence[tuple[Path, Owner | None, str]], paths: Sequence[Path]
+) -> InputError:
     path, owner, parameter = unknown[0]
     name = owner.name if owner else "the optimizer"
     why = owner.why if owner else "no transform that is known"
     mirrors = f", which mirrors {parameter}," if parameter else ""
-    fields = dict.fromkeys(field_name(path) for path, other, _ in unknown if other is owner)
+    mine = {field_place(path): field_name(path) for path, other, _ in unknown if other is owner}
+    others = {field_name(other) for other in paths if field_place(other) not in mine}
+    fields = dict.fromkeys(at if name in others else name for at, name in mine.items())
     declared = ", ".join(f"{field!r}: ..." for field in fields)
     return InputError(
         f"optimizer state {keystr(path)}",

@@ -17,7 +17,7 @@ from jaxmorph.morphs.moments import Kind, Place, places
 from jaxmorph.morphs.motion import Motion
 from jaxmorph.morphs.owners import Path
 from jaxmorph.morphs.report import Line, lines_of
-from jaxmorph.morphs.transforms import KEEP, PARAMETER, SECOND, Power
+from jaxmorph.morphs.transforms import KEEP, PARAMETER, Power
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def _moved_factor(
     if place.field == "v" and wanted.shape != motion.new_shape:
         return jnp.zeros(wanted.shape, old[place.path].dtype), np.zeros([1] * wanted.ndim, bool)
     parts = (old[place.beside(name)] for name in ("v", "v_row", "v_col"))
-    whole = motion.moment(_unfactored(motion.shape, *parts), SECOND, sibling)
+    assert isinstance(place.kind, Power)
+    whole = motion.moment(_unfactored(motion.shape, *parts), place.kind, sibling)
     return _factor(motion, place.field, whole, wanted.shape)
 
 

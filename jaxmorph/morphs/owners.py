@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import jax.numpy as jnp
@@ -122,16 +122,19 @@ def _after(
 
 def _identity(update: Any) -> tuple[str, Mapping[str, Any]]:
     """Return the name of the transform an update function belongs to, and its closure's variables."""
-    update = inspect.unwrap(update) if callable(update) else update
+    while not isinstance(update, FunctionType | MethodType) and hasattr(update, "__wrapped__"):
+        update = update.__wrapped__  # of a compiled function
     function = getattr(update, "__func__", update)
     if not isinstance(function, FunctionType):
         return type(update).__name__, {}
-    maker, within, _ = function.__qualname__.partition(".<locals>")
-    ours = function.__module__.partition(".")[0] == "optax"
+    # Of the code itself: functools.wraps gives a function the names of another one.
+    module = str(function.__globals__.get("__name__"))
+    maker, within, _ = function.__code__.co_qualname.partition(".<locals>")
+    ours = module.partition(".")[0] == "optax"
     if ours and maker == "MultiSteps.update":
         return "MultiSteps", {"inner": update.__self__.inner_opt}
     variables = inspect.getclosurevars(function).nonlocals
-    return maker if ours and within else f"{function.__module__}.{maker}", variables
+    return maker if ours and within else f"{module}.{maker}", variables
 
 
 def _injected(variables: Mapping[str, Any], state: Any) -> Any:

@@ -146,7 +146,9 @@ TRANSFORMS: dict[str, Transform] = {
     "scale_by_adamax": Transform(("ScaleByAdamState",), {**_ADAM, "nu": SIZE}, 0),
     "scale_by_adopt": Transform(("ScaleByAdamState",), {**_ADAM, "mu": UPDATE}, 0),
     "scale_by_belief": Transform(("ScaleByBeliefState",), _ADAM, 0),
-    "scale_by_acprop": Transform(("ScaleByBeliefState",), _ADAM, 0),
+    "scale_by_acprop": Transform(
+        ("ScaleByBeliefState",), _ADAM, "divides all gradients but the first by their size"
+    ),
     "scale_by_amsgrad": Transform(("ScaleByAmsgradState",), {**_ADAM, "nu_max": SECOND}, 0),
     "scale_by_adan": Transform(
         ("ScaleByAdanState",), {"t": KEEP, "m": FIRST, "v": FIRST, "n": SECOND, "g": FIRST}, 0

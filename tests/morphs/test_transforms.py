@@ -5,6 +5,7 @@ the small one's gradients, mapped entry by entry. What is moved after some steps
 state then, in float64 to 1e-12.
 """
 
+import functools
 import inspect
 import re
 import warnings
@@ -176,7 +177,12 @@ SUPPORTED: dict[str, list[Any]] = {
     "scale_by_adan": [optax.scale_by_adan],
     "scale_by_amsgrad": [optax.scale_by_amsgrad],
     "scale_by_belief": [optax.scale_by_belief],
-    "scale_by_factored_rms": [partial(optax.scale_by_factored_rms, min_dim_size_to_factor=2)],
+    "scale_by_factored_rms": [
+        partial(optax.scale_by_factored_rms, min_dim_size_to_factor=2),
+        lambda: optax.chain(
+            optax.scale_by_sign(), optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+        ),
+    ],
     "scale_by_learning_rate": [lambda: optax.chain(optax.scale_by_learning_rate(SCHEDULE), MOMENTUM)],
     "scale_by_lion": [optax.scale_by_lion, lambda: optax.chain(optax.scale_by_lion(), optax.trace(0.9))],
     "scale_by_optimistic_gradient": [optax.scale_by_optimistic_gradient],
@@ -294,6 +300,9 @@ OUT_OF_PLACE: dict[str, tuple[Any, str]] = {
     "adadelta with weight decay": (partial(optax.adadelta, 0.1, weight_decay=0.1), "adds weights"),
     "weight decay that may change": (
         lambda: optax.inject_hyperparams(optax.adadelta)(0.1, weight_decay=0.0), "adds weights"
+    ),
+    "trace after acprop": (
+        lambda: optax.chain(contrib.scale_by_acprop(), optax.trace(0.9)), "all gradients but the first"
     ),
     "trace after noise": (lambda: optax.chain(optax.add_noise(0.1, 0.5, 7), MOMENTUM), "adds noise"),
     "centered rmsprop, corrected, with momentum": (
@@ -456,3 +465,35 @@ def test_a_transform_that_is_not_optax_s_is_not_taken_for_one_by_its_name():
         [morphs.duplicate("hidden", 6, 12)], TABLE, params, state, optimizer, fields={"mu": 1, "nu": 2}
     )  # fmt: skip
     assert moved.mu["gain"].shape == (12,)
+
+
+def test_a_function_that_bears_optax_s_names_by_wraps_is_not_taken_for_optax_s():
+    inner: Any = optax.scale_by_adam()
+
+    @functools.wraps(inner.update)
+    def update(gradients, state, params=None):
+        return inner.update(jax.tree.map(jnp.sign, gradients), state, params)
+
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _tree(0))
+    state, change = inner.init(params), [morphs.duplicate("hidden", 6, 12)]
+    with pytest.raises(InputError, match=r"test_transforms\.\S* is not a known transform"):
+        apply(change, TABLE, params, state, optax.GradientTransformation(inner.init, update))
+    compiled = optax.GradientTransformation(inner.init, jax.jit(inner.update))
+    assert apply(change, TABLE, params, state, compiled)[1].mu["gain"].shape == (12,)
+
+
+def test_the_fields_that_a_refusal_asks_for_are_of_the_refused_transform_alone():
+    """By name they would also be those of adamax, whose `nu` is linear."""
+    inner: Any = optax.scale_by_adam()
+    own = optax.GradientTransformation(inner.init, lambda *given: inner.update(*given))
+    optimizer = optax.partition({"matrix": own, "vector": optax.scale_by_adamax()}, _groups)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _tree(0))
+    state, change = optimizer.init(params), [morphs.duplicate("hidden", 6, 12)]
+    state = optimizer.update(params, state, params)[1]
+    with pytest.raises(InputError) as error:
+        apply(change, TABLE, params, state, optimizer)
+    asked = re.findall(r'"([^"]+)": \.\.\.', str(error.value))
+    fields = dict(zip(asked, (1, 2), strict=True))
+    _, moved, _ = apply(change, TABLE, params, state, optimizer, fields=fields)
+    before, after = (each.inner_states["vector"].inner_state.nu["gain"] for each in (state, moved))
+    np.testing.assert_allclose(after[:6], before / 2)
