@@ -192,7 +192,8 @@ def test_schedules_of_coming_from_are_what_they_say(tmp_path):
         list(one.value) if isinstance(one.value, tuple) else one.value for one in plan.entries
     ]
     for row, one in zip(rows, plan.entries, strict=True):
-        pair = (row["trigger_loss"] or None, row["max_wait_iters"] or None)
+        # A wait of 0 is over at once there: `iterations since the last >= max_wait_iters`.
+        pair = (row["trigger_loss"] or None, max(row["max_wait_iters"], 1))
         assert pair == (one.trigger_loss, one.max_wait_iters)
     path = tmp_path / "schedule.json"
     path.write_text(
