@@ -108,6 +108,8 @@ def _absolute_paths(settings: Settings, sources: Sources, config: Path | None) -
         value = values[name]
         if field.path is None or value is None or value in field.path.keywords:
             continue
+        if not value:  # of an unset shell variable, often; a path of nothing is the folder itself
+            raise sources.error(name, value, "a path that is not empty")
         from_file = name in sources.in_file and name not in sources.flags and config is not None
         base = config.parent if from_file and config is not None else Path()
         try:
