@@ -17,12 +17,11 @@ def ways_to_name(file: Path) -> str:
 def bin_files(path: Path) -> list[Path]:
     """Return the nanoGPT files of `path`: training and validation, one to split, or none.
 
-    A folder with train.bin and val.bin means both, and so does its train.bin. A path that cannot
-    be one, such as one that is too long, means none.
+    A folder with train.bin or val.bin means those it has, never text, and its train.bin means both. A
+    path that cannot be one, such as one that is too long, means none.
     """
     if os.path.isdir(path):
-        pair = [path / "train.bin", path / "val.bin"]
-        return pair if all(map(os.path.isfile, pair)) else []
+        return [file for file in (path / "train.bin", path / "val.bin") if os.path.isfile(file)]
     if path.suffix != ".bin" or not os.path.isfile(path):
         return []
     sibling = path.with_name("val.bin")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.config.nanogpt_files import bin_files
 from jaxmorph.config.resolve import resolve
 from jaxmorph.data.loading import load_tokens
 from jaxmorph.data.nanogpt import read_meta
@@ -54,6 +55,17 @@ def test_the_ids_are_the_characters_of_the_meta_file(tmp_path, protocol):
     decode = corpus.tokenizer.decode
     assert decode(np.asarray(corpus.train)) + decode(np.asarray(corpus.val)) == TEXT
     assert corpus.tokenizer.vocab_size == len(set(TEXT))
+
+
+def test_a_folder_with_one_of_the_files_is_no_folder_of_text(tmp_path):
+    """Small ids are valid UTF-8: read as text they would train a model on raw bytes."""
+    prepare(tmp_path)
+    (tmp_path / "val.bin").unlink()
+    assert bin_files(tmp_path) == [tmp_path / "train.bin"]
+    assert settings_of("--data", tmp_path).tokenizer == str(tmp_path / "meta.pkl")
+    (tmp_path / "meta.pkl").unlink()
+    with pytest.raises(InputError, match=r"the ids of train\.bin are from"):
+        settings_of("--data", tmp_path)
 
 
 def test_another_tokenizer_can_be_given(tmp_path):
