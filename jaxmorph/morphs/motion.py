@@ -98,6 +98,17 @@ def steps_of(path: str, signature: Signature, moves: Sequence[Move]) -> tuple[St
         steps.append(Step(at, signature.role(change.axis), change, start, over))
     return tuple(steps)
 
+_MOST_TURNS = 64  # copies of an entry; a sum of more arrays compiles slowly
+
+
+def _sum_of_copies(copies: jax.Array, source: np.ndarray, old: int, at: int) -> jax.Array:
+    """Return for every old entry along dimension `at` the sum of its copies; 0 without any."""
+    turns = _turns(source, old)
+    if len(turns) <= _MOST_TURNS:
+        return functools.reduce(jnp.add, (take(copies, turn, at) for turn in turns))
+    copies = jnp.moveaxis(copies, at, 0)
+    return jnp.moveaxis(jax.ops.segment_sum(copies, source, num_segments=old), 0, at)
+
 
 def _turns(source: np.ndarray, old: int) -> list[np.ndarray]:
     """Return for the first, second, ... copy of every old entry its number among the copies, or -1."""
@@ -214,11 +225,10 @@ class Motion:
         random = uniform_at(key, self.new_shape, dtype, bound, copies, at)
         drawn = take(even, copies, at) + random
         # The first copy of a source takes the remainder of the other copies.
-        turns = _turns(source[copies], step.map.old)
-        taken = functools.reduce(jnp.add, (take(drawn, turn, at) for turn in turns))
-        number = np.where(step.map.is_copy, np.cumsum(step.map.is_copy) - 1, FRESH)
-        is_copy = step.along(step.map.is_copy, len(self.shape))
-        return jnp.where(is_copy, take(drawn, number, at), 1 - take(taken, source, at))
+        firsts = np.flatnonzero(~step.map.is_copy)
+        rest = 1 - take(_sum_of_copies(drawn, source[copies], step.map.old, at), source[firsts], at)
+        place = np.argsort(np.concatenate([copies, firsts]))  # of every entry in these two
+        return take(jnp.concatenate([drawn, rest], axis=at), place, at)
 
     def _noise(self, step: Step, leaf: jax.Array) -> jax.Array:
         noise = jax.random.normal(

@@ -217,6 +217,10 @@ class Checkpoints:
         """Return the step with the lowest score, the newest if tied; None if none has a score."""
         return best(self._scores())
 
+    def is_good(self, step: int) -> bool:
+        """Return whether a step was saved with a score."""
+        return self._score(step) is not None
+
     def last_good(self) -> int | None:
         """Return the newest sound step with a score; None if there is none."""
 

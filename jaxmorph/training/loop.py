@@ -51,6 +51,8 @@ from jaxmorph.training.turns import (
 )
 
 _SCHEDULE = "schedule.json"  # the copy in the run folder
+# As config.yaml has them: it goes on with the run, and permits nothing that was permitted once.
+_GOES_ON = {"resume": True, "accept_damaged_log": False, "allow_schedule_change": False}
 
 
 def train(
@@ -84,14 +86,11 @@ def train(
         setup = prepare(plan, sources, lock, checkpoints, tables)
         with _closing(checkpoints), _closing(setup.compiler), _closing(setup.logs):
             state, position, resumed = begin_or_resume(setup)
-            if is_finished(setup, position):
-                say(f"The run is finished: step {position.step} of {setup.total_steps}.")
-                for line in not_fired(setup, position):
-                    say(line)
-                status = 0
-            else:
-                _record_start(setup, position, resumed=resumed)
-                with _failing_in_one_message(setup):
+            with _failing_in_one_message(setup):
+                if is_finished(setup, position):
+                    status = _say_finished(setup, position)
+                else:
+                    _record_start(setup, position, resumed=resumed)
                     status = run_steps(setup, state, position, signals, turns, resumed=resumed)
         lock.check()
         _report_if_missing(run_dir)
@@ -155,6 +154,24 @@ def run_steps(
         say(line)
     stopped = signals.received is not None and not is_finished(setup, run.position)
     return signals.exit_status if stopped else 0
+
+
+def _say_finished(setup: Setup, position: Position) -> int:
+    """Say that nothing is left to do; return the exit status.
+
+    Raises:
+      DivergedError: the loss is not finite; a process that was killed did not come to say so.
+    """
+    if not setup.checkpoints.is_good(position.step):
+        raise _ended_badly(position.step)
+    say(f"The run is finished: step {position.step} of {setup.total_steps}.")
+    for line in not_fired(setup, position):
+        say(line)
+    return 0
+
+
+def _ended_badly(step: int) -> DivergedError:
+    return DivergedError(f"the run ended at step {step} with a loss that is not finite")
 
 
 @contextlib.contextmanager
@@ -233,7 +250,7 @@ def _run_loop(run: Run, turns: Sequence[Turn], *, resumed: bool) -> None:
             run.update_until_stage_changes(after_step)
         run.save()  # a signal may have come after the last step's own save
         if run.is_last and not run.is_good:
-            raise DivergedError(f"the run ended at step {run.step} with a loss that is not finite")
+            raise _ended_badly(run.step)
     except RunLockLostError:
         run.log.discard()  # closing it must write nothing
         raise
@@ -282,6 +299,7 @@ def _write_files(setup: Setup) -> None:
     run_dir = setup.run_dir
     # Relative to the file, so that it still names this run where the folder has been moved to.
     own = {"run_dir": "."} | ({"scaling_schedule_file": _SCHEDULE} if setup.plan.entries else {})
+    own |= _GOES_ON
     replace_text(run_dir / "config.yaml", to_yaml(with_values(setup.settings, own)))
     replace_text(run_dir / "tokenizer.json", setup.corpus.tokenizer.to_json())
     replace_text(run_dir / METRIC_TABLE, table_to_json(setup.tables.step.metrics))

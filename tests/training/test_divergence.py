@@ -131,3 +131,18 @@ def test_a_run_that_ends_with_a_loss_that_is_not_finite_has_failed(more, text, t
         assert (run_dir / "checkpoints" / f"{steps}.diverged" / "manifest.json").is_file()
         assert (run_dir / "report.html").is_file()
     assert (_skipped(run_dir)[-1] > 0) == (more > 1)
+
+
+def test_a_run_killed_before_it_said_that_it_failed_says_so_at_the_next_start(
+    text, tmp_path, capsys
+):
+    run_dir, steps = tmp_path / "run", EXPLODES_AFTER + 1
+    assert main(_argv(text, run_dir, steps, 1)) == 1
+    said = capsys.readouterr().err
+    aside = run_dir / "checkpoints" / f"{steps}.diverged"
+    aside.rename(aside.with_suffix(""))  # as a kill right after the last checkpoint leaves it
+    assert main(_argv(text, run_dir, steps, 1)) == 1
+    again = capsys.readouterr()
+    assert again.err == said
+    assert "The run is finished" not in again.out
+    assert aside.is_dir()

@@ -127,6 +127,18 @@ def test_written_config_goes_on_with_the_run_wherever_its_folder_lies(text, tmp_
     assert not made.exists()
 
 
+def test_written_config_goes_on_and_permits_nothing_that_was_permitted_once(text, tmp_path, capsys):
+    run_dir, once = tmp_path / "run", ("--no_resume", "--accept_damaged_log")
+    assert main(_argv(text, run_dir, 2, *once, "--allow_schedule_change")) == 0
+    written = ["--config", str(run_dir / "config.yaml"), "--max_steps", "4"]
+    assert main(written) == 0
+    log = run_dir / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    assert main(written) == 2
+    assert "--accept_damaged_log" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(finished, capsys):
     assert evaluate.main(["sample", str(finished), "--checkpoint", "77"]) == 2
     assert "--checkpoint: got 77, expected the step of a checkpoint: 0, 8, 12" in (
