@@ -26,7 +26,7 @@ _LARGEST_TOKENIZER = 1_000_000_000  # bytes; some have tens of millions
 class Sample:
     """Generate text from a run's newest sound checkpoint."""
 
-    run_dir: tyro.conf.Positional[str]
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
     """The run folder."""
     prompt: str = "\n"
     """Text to continue."""

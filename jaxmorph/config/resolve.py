@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmorph.cli.command_line import parse, program
+from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.config.checks import check
 from jaxmorph.config.fields import Field, fields_of, values_of, with_values
 from jaxmorph.config.nanogpt_files import meta_file
@@ -89,8 +90,11 @@ def _own_config(name: str) -> Path | None:
         return None
     package = Path(__file__).parents[1]
     folders = (package / "configs", package.parent / "configs")  # installed; in a checkout
-    files = (folder / f"{name}.yaml" for folder in folders)
-    return next((file for file in files if os.path.isfile(file)), None)
+    files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name not in files:
+        names = f"{', '.join(sorted(files))}{nearest(name, files)}"
+        raise InputError("--config", "", name, f"a file, or one of the package's own: {names}")
+    return files[name]
 
 
 def _flags_in(argv: Sequence[str], fields: Mapping[str, Field]) -> frozenset[str]:

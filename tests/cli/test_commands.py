@@ -8,6 +8,7 @@ import pytest
 
 from jaxmorph import train
 from jaxmorph.__main__ import main
+from jaxmorph.cli.errors import InputError
 from jaxmorph.config.fields import values_of
 from jaxmorph.config.resolve import resolve
 
@@ -78,6 +79,12 @@ def test_a_config_of_ones_own_comes_before_the_packages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").write_text("seed: 5\n")
     assert values_of(resolve(["--config", "demo"])[0])["seed"] == 5
+
+
+def test_a_config_that_is_not_there_is_refused_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"got 'dmeo', .* demo, .*\(did you mean 'demo'\?\)"):
+        resolve(["--config", "dmeo"])
 
 
 def test_what_the_encoding_lacks_is_printed_as_an_escape():
