@@ -75,3 +75,17 @@ def test_widening_needs_less_memory_than_old_state_and_new_and_one_leaf(recipe):
     memory: Any = compiled.memory_analysis()
     assert " gather(" not in (compiled.as_text() or "")
     assert memory.temp_size_in_bytes <= 4 * 4 * 512 * 64
+
+
+@pytest.mark.parametrize("size", [7, 260, 1001])  # 1, 65 and 250 copies of an entry and more
+def test_shares_of_any_number_of_copies_sum_to_one(size):
+    with jax.enable_x64(True):
+        old = jax.random.normal(jax.random.key(0), (4, 3), jnp.float64)
+        change = morphs.widen("mlp", to=size)
+        new, *_ = morphs.apply(
+            [change], {"w": "mlp -> embed"}, {"w": old}, (), optax.identity(), key=jax.random.key(1)
+        )
+    copied = np.arange(size) % 4
+    sums = np.zeros((4, 3))
+    np.add.at(sums, copied, np.asarray(new["w"]))
+    np.testing.assert_allclose(sums, old, rtol=1e-12)
