@@ -98,6 +98,7 @@ def steps_of(path: str, signature: Signature, moves: Sequence[Move]) -> tuple[St
         steps.append(Step(at, signature.role(change.axis), change, start, over))
     return tuple(steps)
 
+
 _MOST_TURNS = 64  # copies of an entry; a sum of more arrays compiles slowly
 
 
