@@ -215,6 +215,9 @@ def _checked_triggers(item: Mapping[str, Any]) -> tuple[float | None, tuple[str,
         raise OperationError(
             loss, f"a threshold > 0, or {others}: no loss is below 0", "trigger_loss"
         )
+    if type(given.get("max_wait_iters")) is int and given["max_wait_iters"] == 0:
+        expected = "1 to fire at the next step, or null to fire never by waiting"
+        raise OperationError(0, expected, "max_wait_iters")
     for name, trigger in given.items():
         kind, within = (float, _LOSS) if name == "trigger_loss" else (int, _COUNT)
         if not (never and name == "trigger_loss"):

@@ -7,6 +7,7 @@ keys at the end of its path name the parameter that it mirrors. `fields` states 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ def _check_fields(
 
 
 def _check_kind(name: str, kind: Any, mirrored: bool) -> None:
-    number = isinstance(kind, int | float) and not isinstance(kind, bool)
+    number = isinstance(kind, numbers.Real) and not isinstance(kind, bool)
     if isinstance(kind, NamedAxes) or kind == KEEP:
         return
     if not (number and math.isfinite(kind)) and kind != PARAMETER:

@@ -86,7 +86,7 @@ MALFORMED_ENTRIES = {
     "bool for a wait": (entry(max_wait_iters=True), "change_lr", "max_wait_iters", ["True"]),
     "text for a wait": (entry(max_wait_iters="100"), "change_lr", "max_wait_iters", ["'100'"]),
     "negative wait": (entry(max_wait_iters=-5), "change_lr", "max_wait_iters", ["-5", "≥ 1"]),
-    "zero wait": (entry(max_wait_iters=0), "change_lr", "max_wait_iters", ["got 0", "≥ 1"]),
+    "zero wait": (entry(max_wait_iters=0), "change_lr", "max_wait_iters", ["got 0", "1 to fire at"]),
     "infinite wait": (entry(max_wait_iters=math.inf), "change_lr", "max_wait_iters", ["whole"]),
     "fraction for a plateau": (
         entry(trigger_plateau=2.5), "change_lr", "trigger_plateau", ["2.5", "a whole number ≥ 1"],
