@@ -18,7 +18,8 @@ _KINDS = (
 
 def reason(error: Exception) -> str:
     """Return why a path could not be used, in words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "embedded null byte" if "embedded null" in words else words  # each Python has its own
 
 
 def is_nothing(path: Path) -> bool:
