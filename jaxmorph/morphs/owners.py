@@ -124,15 +124,16 @@ def _identity(update: Any) -> tuple[str, Mapping[str, Any]]:
     """Return the name of the transform an update function belongs to, and its closure's variables."""
     while not isinstance(update, FunctionType | MethodType) and hasattr(update, "__wrapped__"):
         update = update.__wrapped__  # of a compiled function
-    function = getattr(update, "__func__", update)
+    function: Any = getattr(update, "__func__", update)
     if not isinstance(function, FunctionType):
-        return type(update).__name__, {}
+        return str(type(update).__name__), {}
     # Of the code itself: functools.wraps gives a function the names of another one.
     module = str(function.__globals__.get("__name__"))
     maker, within, _ = function.__code__.co_qualname.partition(".<locals>")
     ours = module.partition(".")[0] == "optax"
     if ours and maker == "MultiSteps.update":
-        return "MultiSteps", {"inner": update.__self__.inner_opt}
+        stepping: Any = update
+        return "MultiSteps", {"inner": stepping.__self__.inner_opt}
     variables = inspect.getclosurevars(function).nonlocals
     return maker if ours and within else f"{module}.{maker}", variables
 

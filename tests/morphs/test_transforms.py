@@ -471,9 +471,10 @@ def test_a_function_that_bears_optax_s_names_by_wraps_is_not_taken_for_optax_s()
     inner: Any = optax.scale_by_adam()
 
     @functools.wraps(inner.update)
-    def update(gradients, state, params=None):
+    def signed(gradients, state, params=None):
         return inner.update(jax.tree.map(jnp.sign, gradients), state, params)
 
+    update: Any = signed
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _tree(0))
     state, change = inner.init(params), [morphs.duplicate("hidden", 6, 12)]
     with pytest.raises(InputError, match=r"test_transforms\.\S* is not a known transform"):
@@ -485,11 +486,12 @@ def test_a_function_that_bears_optax_s_names_by_wraps_is_not_taken_for_optax_s()
 def test_the_fields_that_a_refusal_asks_for_are_of_the_refused_transform_alone():
     """By name they would also be those of adamax, whose `nu` is linear."""
     inner: Any = optax.scale_by_adam()
-    own = optax.GradientTransformation(inner.init, lambda *given: inner.update(*given))
+    update: Any = lambda *given: inner.update(*given)  # noqa: E731 - typed
+    own = optax.GradientTransformation(inner.init, update)
     optimizer = optax.partition({"matrix": own, "vector": optax.scale_by_adamax()}, _groups)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), _tree(0))
     state, change = optimizer.init(params), [morphs.duplicate("hidden", 6, 12)]
-    state = optimizer.update(params, state, params)[1]
+    state: Any = optimizer.update(params, state, params)[1]
     with pytest.raises(InputError) as error:
         apply(change, TABLE, params, state, optimizer)
     asked = re.findall(r'"([^"]+)": \.\.\.', str(error.value))
