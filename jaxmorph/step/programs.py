@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jax.stages import Compiled, Lowered
 
 from jaxmorph.model.measures import Measures
 from jaxmorph.model.trainable import trainable_of
@@ -74,14 +72,9 @@ class Programs:
             "observe": (state, loss),
         }
         programs: dict[str, Any] = {name: getattr(self, name) for name in arguments}
-        lowered = {name: p.lower(*arguments[name]) for name, p in programs.items()}
+        made = {name: p.lower(*arguments[name]).compile() for name, p in programs.items()}
         jitted: Any = self.evaluate
-        evaluations = [jitted.lower(state, spec) for spec in validation]
-        with ThreadPoolExecutor() as threads:  # XLA compiles a program on hardly more than one core
-            compiled = list(threads.map(_compile, [*lowered.values(), *evaluations]))
-        known = zip(map(_key, validation), compiled[len(lowered) :], strict=True)
-        evaluate = _EvaluateByShape(lambda spec: jitted.lower(state, spec).compile(), dict(known))
-        made = dict(zip(lowered, compiled, strict=False))
+        evaluate = _EvaluateByShape(lambda spec: jitted.lower(state, spec).compile(), validation)
         return dataclasses.replace(self, **made, evaluate=evaluate)
 
 
@@ -163,15 +156,12 @@ def _key(batch: Batch) -> tuple:
     return tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
 
 
-def _compile(lowered: Lowered) -> Compiled:
-    return lowered.compile()
-
-
 class _EvaluateByShape:
-    """An evaluation compiled for each batch shape: known ones before, others on first use."""
+    """An evaluation compiled for each batch shape: known ones now, others on first use."""
 
-    def __init__(self, compile_for: Callable[[Batch], Any], known: dict[tuple, Any]):
-        self._compile_for, self._compiled = compile_for, known
+    def __init__(self, compile_for: Callable[[Batch], Any], known: Sequence[Batch]):
+        self._compile_for = compile_for
+        self._compiled = {_key(spec): compile_for(spec) for spec in known}
 
     def __call__(self, state: TrainState, batch: Batch) -> Measures:
         key = _key(batch)

@@ -29,7 +29,6 @@ class Background:
         self._lock = threading.Lock()  # of the futures
         self._wanted: queue.SimpleQueue[tuple[Hashable, Future] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._started: list[threading.Thread] = []
 
     def result(self, key: Hashable) -> Any:
         """Return the result of a task: run it now, unless it is finished or running.
@@ -43,16 +42,6 @@ class Background:
         if is_new:
             self._complete(key, future)
         return future.result()
-
-    def start(self, key: Hashable) -> None:
-        """Run a task now in a thread of its own, unless it is finished, running or scheduled."""
-        with self._lock:
-            if key in self._futures:
-                return
-            future = self._futures[key] = Future()
-        arguments = (key, future, jax.config.read("jax_enable_x64"))
-        self._started.append(threading.Thread(target=self._complete_with, args=arguments))
-        self._started[-1].start()
 
     def want(self, keys: Iterable[Hashable]) -> None:
         """Schedule tasks in the background, in this order, unless they are scheduled already."""
@@ -89,9 +78,8 @@ class Background:
             while True:
                 self._wanted.get_nowait()
         self._wanted.put(None)
-        for thread in (self._thread, *self._started):
-            if thread is not None:
-                thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self, x64: bool) -> None:
         """Run the scheduled tasks; in JAX x64 is a thread-local setting."""
@@ -105,10 +93,6 @@ class Background:
                     is_needed = self._futures.get(key) is future
                 if is_needed:
                     self._complete(key, future)
-
-    def _complete_with(self, key: Hashable, future: Future, x64: bool) -> None:
-        with jax.enable_x64(x64):
-            self._complete(key, future)
 
     def _complete(self, key: Hashable, future: Future) -> None:
         try:

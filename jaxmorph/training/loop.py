@@ -109,9 +109,8 @@ def begin_or_resume(setup: Setup) -> tuple[TrainState, Position, bool]:
             "--no_resume", "", str(run_dir), "a folder without a run; give another --run_dir"
         )
     if step is None:
-        setup.logs.check(Position(), NO_LINES, accept=False)
-        setup.compiler.start(0)  # while the state is made
         state, position = setup.compiler.initial_state(), Position()
+        setup.logs.check(position, NO_LINES, accept=False)
     else:
         state, position = resume(setup, step)
     checkpoints.remove_partial()  # only now: a refused run must stay unchanged

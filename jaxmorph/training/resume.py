@@ -191,8 +191,6 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     )
     accept = settings.run.accept_damaged_log
     damaged = setup.logs.check(record.position, record.logs, accept=accept)
-    if record.position.step < setup.total_steps:
-        setup.compiler.start(record.position.next_operation)  # while the state is read
     programs = setup.compiler.uncompiled(record.position.next_operation)
     state = restore_state(
         setup.checkpoints, step, programs.abstract_state, programs.state_shardings

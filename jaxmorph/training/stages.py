@@ -120,12 +120,6 @@ class StageCompiler:
         later = [self._work_for(k) for k in range(index + 1, len(self.plan.stages))]
         self._background.want(key for work in [w for w in later if w][:_AHEAD] for key in work)
 
-    def start(self, index: int) -> None:
-        """Begin to compile the programs of stage `index`, which are needed at once."""
-        first = self._first_with_programs_of(index)
-        self.uncompiled(first)  # here, as both threads will ask for it
-        self._background.start(_Key("programs", first))
-
     def wait(self) -> None:
         """Wait for all background compilations."""
         self._background.wait()

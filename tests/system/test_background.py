@@ -2,8 +2,6 @@
 
 import threading
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxmorph.system.background import Background
@@ -60,21 +58,3 @@ def test_two_threads_forgetting_and_wanting_do_not_meet():
     assert background._thread is not None
     assert background._thread.is_alive()
     background.close()
-
-
-def test_a_task_started_runs_beside_its_caller_once_and_keeps_float64():
-    arrived, ran = threading.Barrier(2, timeout=30), []
-
-    def work(key):
-        arrived.wait()  # for the caller, who has not waited for it
-        ran.append(key)
-        return jnp.ones(()).dtype
-
-    background = Background(work)
-    with jax.enable_x64(True):
-        background.start("a")
-        background.start("a")
-        arrived.wait()
-        assert background.result("a") == jnp.float64
-    background.close()
-    assert ran == ["a"]
