@@ -6,20 +6,17 @@ from pathlib import Path
 
 import pytest
 from other_formats import all_bytes, rewrite
+from tiny_runs import SMALLEST_GPT, write_text
 
 from jaxmorph.train import main
 
 METRICS, OPERATIONS = "metrics.jsonl", "operations.jsonl"
-TINY = [
-    *("--n_layers", "1", "--d_model", "8", "--n_heads", "1", "--seq_len", "8", "--batch_size", "2"),
-    *("--mesh", "data=1", "--eval_iters", "1", "--eval_interval", "2", "--log_interval", "1"),
-    *("--keep_checkpoints", "9"),
-]
+TINY = [*SMALLEST_GPT, "--eval_interval", "2", "--keep_checkpoints", "9"]
 
 
 def argv(run_dir, steps, *more):
     data, schedule = run_dir.parent / "text.txt", run_dir.parent / "schedule.json"
-    data.write_text("green bottles hanging on the wall. " * 40)
+    write_text(data, bottles=40)
     fires = {"trigger_loss": None, "max_wait_iters": 1, "reevaluate": False}
     schedule.write_text(json.dumps([{"name": "change_lr", "value": 0.5, **fires}] * 2))
     files = ["--data", str(data), "--scaling_schedule_file", str(schedule)]

@@ -6,21 +6,19 @@ import shutil
 
 import pytest
 from other_formats import OTHER_TYPES, all_bytes, at, places, replaced, rewrite
+from tiny_runs import SMALLEST_GPT, write_text
 
 from jaxmorph import evaluate
 from jaxmorph.storage.formats import current_format
 from jaxmorph.train import main
 from jaxmorph.training.resume import CheckpointRecord, open_checkpoints
 
-TINY = [
-    *("--n_layers", "1", "--d_model", "8", "--n_heads", "1", "--seq_len", "8", "--batch_size", "2"),
-    *("--mesh", "data=1", "--eval_iters", "1", "--eval_interval", "2", "--max_steps"),
-]
+TINY = [*SMALLEST_GPT, "--eval_interval", "2", "--max_steps"]
 
 
 def argv(run_dir, steps):
     data = run_dir.parent / "text.txt"
-    data.write_text("green bottles hanging on the wall. " * 40)
+    write_text(data, bottles=40)
     return [*TINY, str(steps), "--data", str(data), "--run_dir", str(run_dir)]
 
 

@@ -8,23 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph.train import main
 
 TINY = [
-    *(
-        "--n_layers",
-        "1",
-        "--d_model",
-        "16",
-        "--n_heads",
-        "2",
-        "--seq_len",
-        "16",
-        "--mesh",
-        "data=1",
-    ),
-    *("--batch_size", "4", "--progress", "lines", "--log_interval", "1", "--warmup_steps", "0"),
+    *(*TINY_GPT, "--progress", "lines", "--warmup_steps", "0"),
     *("--eval_interval", "8", "--eval_iters", "2", "--optimizer", "sgd", "--grad_clip", "0"),
     *("--learning_rate", "0.01", "--scheduler", "constant", "--max_nonfinite_steps", "7"),
 ]
@@ -38,9 +27,7 @@ SCHEDULE = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 def _argv(text: str, run_dir: Path, steps: int, interval: int) -> list[str]:

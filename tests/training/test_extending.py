@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_runs import write_text
 
 from jaxmorph.growth.changes import unchanged
 from jaxmorph.growth.operations import OPERATIONS, Operation, Value
@@ -125,7 +126,7 @@ SCHEDULE = [
 
 def _train(folder: Path, turns: tuple[Turn, ...], tables: Tables | None = None) -> int:
     text, schedule = folder / "text.txt", folder / "schedule.json"
-    text.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(200)))
+    write_text(text, bottles=200)
     schedule.write_text(json.dumps([{"reevaluate": False, **row} for row in SCHEDULE]))
     argv = [
         *("--data", str(text), "--run_dir", str(folder / "run"), "--max_steps", str(STEPS)),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import SMALLEST_GPT, write_text
 
 from jaxmorph.cli.command_line import run_command
 from jaxmorph.config.mesh import parse_mesh
@@ -25,11 +26,7 @@ from jaxmorph.training import preparation
 from jaxmorph.training.loop import train
 from jaxmorph.training.stages import StageCompiler
 
-TINY = [
-    *("--n_layers", "1", "--d_model", "8", "--n_heads", "1", "--seq_len", "8", "--batch_size", "2"),
-    *("--mesh", "data=1", "--eval_iters", "1", "--eval_interval", "1", "--log_interval", "1"),
-    *("--max_steps", "1"),
-]
+TINY = [*SMALLEST_GPT, "--eval_interval", "1", "--max_steps", "1"]
 FAULTS = ("write", "fsync", "rename", "replace", "ftruncate")
 TIMES = ("step_seconds", "seconds", "compile_wait_seconds")
 
@@ -79,7 +76,7 @@ def folder():
 def start(folder, monkeypatch):
     """Start the same short run in this process, on its compiled programs; return its exit status."""
     data, schedule = folder / "text.txt", folder / "schedule.json"
-    data.write_text("green bottles hanging on the wall. " * 40)
+    write_text(data, bottles=40)
     fires = {"trigger_loss": None, "max_wait_iters": 1, "reevaluate": True}
     schedule.write_text(json.dumps([{"name": "change_lr", "value": 0.5, **fires}]))
     where = ["--data", str(data), "--scaling_schedule_file", str(schedule), "--run_dir"]
@@ -176,7 +173,7 @@ sys.exit(main(sys.argv[1:]))
 def test_the_threads_that_write_the_arrays_fail_in_the_same_one_message(tmp_path):
     """A real process whose files may not be larger than 6 kB: as good as a full disk for arrays."""
     data = tmp_path / "text.txt"
-    data.write_text("green bottles hanging on the wall. " * 40)
+    write_text(data, bottles=40)
     argv = [*TINY, "--d_model", "16", "--data", str(data), "--run_dir", str(tmp_path / "run")]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     process = subprocess.run(

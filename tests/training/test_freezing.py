@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import write_text
 
 from jaxmorph.config.settings import Within
 from jaxmorph.growth.operations import OPERATIONS, Operation, Value
@@ -42,7 +43,7 @@ TABLES = Tables(
 
 def _train(folder: Path, steps: int = STEPS) -> None:
     text, schedule = folder / "text.txt", folder / "schedule.json"
-    text.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(200)))
+    write_text(text, bottles=200)
     rows = [
         ("freeze_layers", 1, FREEZE),
         ("widen_mlp", 2, 1),

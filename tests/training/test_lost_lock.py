@@ -4,16 +4,15 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from tiny_runs import SMALLEST_GPT, write_text
 
 from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.train import main
 from jaxmorph.training.turns import TURNS, Turn
 
 TINY = [
-    *("--n_layers", "1", "--d_model", "8", "--n_heads", "1", "--seq_len", "8", "--batch_size", "2"),
-    *("--mesh", "data=1", "--eval_iters", "1", "--eval_interval", "4", "--max_steps", "8"),
-    *("--checkpoint_interval", "3", "--log_interval", "1"),
-    *("--progress", "off"),
+    *(*SMALLEST_GPT, "--eval_interval", "4", "--max_steps", "8"),
+    *("--checkpoint_interval", "3", "--progress", "off"),
 ]
 
 
@@ -48,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_first_process_stops_and_writes_nothing_into_the_folder(tmp_path, capsys, step, saved):
     """Before the first step, in the middle, and at the last, where a save and the report are due."""
     run_dir, text = tmp_path / "run", tmp_path / "text.txt"
-    text.write_text("green bottles hanging on the wall. " * 40)
+    write_text(text, bottles=40)
     second = SecondProcess(run_dir, step)
     argv = [*TINY, "--data", str(text), "--run_dir", str(run_dir)]
     assert main(argv, turns=(*TURNS[:-1], second.turn(), TURNS[-1])) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.resolve import resolve
@@ -29,9 +30,8 @@ from jaxmorph.training.stages import StageCompiler
 from jaxmorph.training.tables import Tables
 
 TINY = [
-    *("--n_layers", "1", "--d_model", "16", "--n_heads", "2", "--seq_len", "16"),
-    *("--batch_size", "4", "--mesh", "data=1", "--learning_rate", "1e-2", "--progress", "lines"),
-    *("--eval_interval", "4", "--eval_iters", "2", "--log_interval", "1", "--warmup_steps", "2"),
+    *(*TINY_GPT, "--learning_rate", "1e-2", "--progress", "lines"),
+    *("--eval_interval", "4", "--eval_iters", "2", "--warmup_steps", "2"),
 ]
 CONTRACT = {
     *("index", "name", "value", "step", "reason", "trigger_loss", "val_loss_before"),
@@ -43,9 +43,7 @@ NEVER, ALWAYS = 1e-6, 1e3  # thresholds
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 def _entry(name, value, loss, wait, again=False, **options):

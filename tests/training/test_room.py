@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph.config.mesh import parse_mesh
 from jaxmorph.config.resolve import resolve
@@ -21,19 +22,7 @@ from jaxmorph.training.stages import StageCompiler
 from jaxmorph.training.tables import Tables
 
 TINY = [
-    *(
-        "--n_layers",
-        "1",
-        "--d_model",
-        "16",
-        "--n_heads",
-        "2",
-        "--seq_len",
-        "16",
-        "--mesh",
-        "data=1",
-    ),
-    *("--batch_size", "4", "--progress", "lines", "--log_interval", "1", "--warmup_steps", "0"),
+    *(*TINY_GPT, "--progress", "lines", "--warmup_steps", "0"),
     *("--eval_interval", "4", "--eval_iters", "1", "--max_steps", "6", "--keep_checkpoints", "1"),
     *("--precompile", "off"),
 ]
@@ -57,7 +46,7 @@ sys.exit(main(sys.argv[1:]))
 def folder(tmp_path_factory) -> Path:
     """A corpus, a schedule, and a run with all the memory it wants."""
     made = tmp_path_factory.mktemp("room")
-    (made / "text.txt").write_text("".join(f"{n} green bottles on the wall. " for n in range(400)))
+    write_text(made / "text.txt")
     (made / "schedule.json").write_text(json.dumps(SCHEDULE))
     assert main(_argv(made, "whole")) == 0
     return made

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_runs import write_text
 
 from jaxmorph.config.resolve import resolve
 from jaxmorph.growth.plan import make_plan
@@ -24,7 +25,7 @@ RUNS = {"layer_lists.json": ("3", "16"), "lora_merges.yaml": ("16",)}
 @pytest.mark.parametrize("name", RUNS)
 def test_schedule_runs_to_its_end(name, tmp_path, capsys):
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
+    write_text(text)
     argv = ["--config", str(GROWTH / "tiny_lora.yaml"), "--run_dir", str(tmp_path / "run")]
     argv += ["--data", str(text), "--progress", "lines"]
     argv += ["--scaling_schedule_file", str(GROWTH / "schedules" / name)]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph.cli.typed_command import typed_command
 from jaxmorph.plot import main as plot
@@ -18,9 +19,7 @@ from jaxmorph.system.signals import StopSignals
 from jaxmorph.train import main
 
 TINY = [
-    *("--n_layers", "1", "--d_model", "16", "--n_heads", "2", "--seq_len", "16"),
-    *("--batch_size", "4", "--mesh", "data=1", "--eval_interval", "4", "--eval_iters", "2"),
-    *("--log_interval", "1", "--progress", "lines"),
+    *(*TINY_GPT, "--eval_interval", "4", "--eval_iters", "2", "--progress", "lines"),
 ]
 
 FIRES = {"name": "change_lr", "value": 0.5, "max_wait_iters": 3, "reevaluate": False}
@@ -30,9 +29,7 @@ LATER = {"name": "change_lr", "value": 0.25, "max_wait_iters": 5000}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "green bottles.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("corpus") / "green bottles.txt")
 
 
 def argv_of(text: str, run_dir: Path, *more: str, steps: int = 12) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph.train import main
 
@@ -23,12 +24,11 @@ def tracked(tmp_path_factory) -> Path:
     """A run killed before the checkpoint of step 8, after its operation, that went on from step 4."""
     folder = tmp_path_factory.mktemp("tracked")
     text, schedule, run_dir = folder / "text.txt", folder / "schedule.json", folder / "run"
-    text.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
+    write_text(text)
     schedule.write_text(json.dumps(SCHEDULE))
     argv = [
-        *("--n_layers", "1", "--d_model", "16", "--n_heads", "2", "--seq_len", "16"),
-        *("--batch_size", "4", "--mesh", "data=1", "--eval_interval", "4", "--eval_iters", "2"),
-        *("--log_interval", "1", "--progress", "off", "--max_steps", str(STEPS)),
+        *(*TINY_GPT, "--eval_interval", "4", "--eval_iters", "2"),
+        *("--progress", "off", "--max_steps", str(STEPS)),
         *("--data", str(text), "--run_dir", str(run_dir), "--scaling_schedule_file", str(schedule)),
         *("--tensorboard", "--wandb", "offline"),
     ]

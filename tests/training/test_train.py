@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph import evaluate
 from jaxmorph.config.settings import ModelConfig
@@ -19,17 +20,14 @@ from jaxmorph.model.architecture import flops_per_token
 from jaxmorph.train import main
 
 TINY = [
-    *("--n_layers", "1", "--d_model", "16", "--n_heads", "2", "--seq_len", "16"),
-    *("--batch_size", "4", "--mesh", "data=1", "--learning_rate", "1e-2", "--progress", "lines"),
-    *("--eval_interval", "4", "--eval_iters", "2", "--log_interval", "1", "--dropout", "0.1"),
+    *(*TINY_GPT, "--learning_rate", "1e-2", "--progress", "lines"),
+    *("--eval_interval", "4", "--eval_iters", "2", "--dropout", "0.1"),
 ]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"{n} green bottles hanging on the wall. " for n in range(400)))
-    return str(path)
+    return write_text(tmp_path_factory.mktemp("corpus") / "text.txt")
 
 
 def _argv(text, run_dir, steps=12, *more):
