@@ -19,7 +19,6 @@ from jaxmorph.model.trainable import trainable_of
 
 _FACTORED_FROM = 128  # optax's adafactor factors leaves whose two largest dimensions reach this
 
-
 # Elements per token and layer that the backward pass needs, fitted to what XLA allocates on the CPU for
 # nine float32 models of other widths, contexts and vocabularies. In bfloat16 on the CPU, which
 # makes copies in float32, it is up to twice as much. Nothing is refused because of it.

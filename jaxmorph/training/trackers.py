@@ -41,7 +41,7 @@ class Tracker:
 def make_trackers(
     settings: RunSettings, run_dir: Path, values: dict[str, Any], step: int
 ) -> list[Tracker]:
-    """Return the trackers the settings ask for.
+    """Return the trackers the settings ask for; the checked settings say that their extras are there.
 
     Args:
       settings: which ones.
@@ -51,7 +51,7 @@ def make_trackers(
         kill, it is told to drop; W&B keeps it, and drops it when it is told again.
 
     Raises:
-      InputError: the extra that a tracker needs is not installed, or a file it needs is damaged.
+      InputError: the file that names the W&B run is damaged.
     """
     with contextlib.ExitStack() as opened:
         trackers: list[Tracker] = []
@@ -65,12 +65,10 @@ def make_trackers(
 
 
 def _tensorboard(folder: Path, step: int) -> Tracker:
-    try:
-        from tensorboardX.event_file_writer import EventsWriter  # writes at once, without a thread
-        from tensorboardX.proto import event_pb2, summary_pb2
-        from tensorboardX.summary import scalar, text
-    except ImportError:
-        raise _missing("tensorboard") from None
+    from tensorboardX.event_file_writer import EventsWriter  # writes at once, without a thread
+    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.summary import scalar, text
+
     folder.mkdir(exist_ok=True)
     events: Any = event_pb2  # generated, without types
     summaries: Any = summary_pb2
@@ -95,10 +93,8 @@ def _tensorboard(folder: Path, step: int) -> Tracker:
 
 
 def _wandb(settings: RunSettings, run_dir: Path, values: dict[str, Any]) -> Tracker:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
+    import wandb
+
     # On a full disk W&B's own log must not print a traceback for each line it cannot write.
     logging.raiseExceptions = False
     run = wandb.init(
@@ -132,9 +128,3 @@ def _wandb_id(run_dir: Path) -> str:
         expected = "the id of a W&B run; delete the file to log to a new one"
         raise InputError(str(path), "", name[:80], expected)
     return name
-
-
-def _missing(extra: str) -> InputError:
-    return InputError(
-        f"--{extra}", "", None, f"the extra '{extra}': pip install 'jaxmorph[{extra}]'"
-    )
