@@ -44,6 +44,7 @@ LONGEST_FIRST = (
     "test_lora_morphs",
     "test_extending",
     "test_train",
+    "test_odd_inputs",
     "test_keep",
     "test_task",
     "test_width",
