@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from small_models import flat, resolved, shaken, shape_of, small_config, small_tokens
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model import gpt
 from jaxmorph.model.trainable import trainable_of
 from jaxmorph.morphs import Report

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.resolve import resolve
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig, Settings
+from jaxmorph.config.settings import Settings
 from jaxmorph.config.start import model_config, start_shape
 
 VARIANTS = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from jaxmorph.cli.printing import quoted
 from jaxmorph.cli.wording import repeatable
-from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Within
+from jaxmorph.config.model_config import ModelConfig
+from jaxmorph.config.settings import LARGEST_COUNT, Within
 
 _SMALLEST, _LARGEST = 1e-30, 1e30  # for float32 arrays, with room to multiply
 _LARGEST_ARRAY = 2**60 - 1  # entries, of 8 bytes at most: bytes are counted in 64 bits

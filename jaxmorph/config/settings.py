@@ -309,6 +309,57 @@ class GrowthSettings:
 
 
 @dataclass(frozen=True)
+class HeadSettings:
+    """Learning rates per attention head, and the controller that closes and opens heads."""
+
+    enable_head_lr: bool = False
+    """Give heads that open a learning rate of their own: up to boost × the run's, then back."""
+    head_lr_profile: Literal["pretrain", "finetune", "prune"] = "pretrain"
+    """Defaults of the four settings below: boost, decay, warmup, cooldown are 5, 0.9, 200, 1000 for
+    pretrain; 2, 0.9, 50, 400 for finetune; 3, 0.9, 100, 600 for prune."""
+    head_lr_boost: PositiveFloat | None = None
+    """Largest multiplier of an opened head's learning rate. Default: the profile's, 5."""
+    head_lr_decay: OpenFraction | None = None
+    """Decay of the boost per hundredth of the cooldown. Default: the profile's, 0.9."""
+    head_lr_warmup: Count | None = None
+    """Steps from a head's opening to its full boost. Default: the profile's, 200."""
+    head_lr_cooldown: Positive | None = None
+    """Steps from a head's opening to the run's own rate. Default: the profile's, 1000."""
+    head_lr_adaptive: Literal["off", "layer", "importance", "gradient"] = "off"
+    """Scale each head's boost within 0.5 and 2: by its layer, or by the importance or the gradient that
+    the controller measures."""
+    enable_controller: bool = False
+    """Close heads that matter little, and open closed ones that would help."""
+    controller_interval: Positive = 100
+    """Steps between the controller's updates."""
+    controller_warmup: Count = 500
+    """Steps before the first of them."""
+    controller_batches: Positive = 4
+    """Training batches it measures on, always the same ones, outside the run's stream."""
+    controller_lr: PositiveFloat = 1.0
+    """Step of a gate's logit per update; a gate is closed at most 6 steps of 1 after 1."""
+    controller_lr_decay: Annotated[float, Within(above=0, high=1)] = 0.95
+    """The step is multiplied by this ..."""
+    controller_lr_decay_steps: Positive = 1000
+    """... over this many training steps."""
+    min_controller_lr: PositiveFloat = 0.1
+    """Smallest step of a logit."""
+    max_pruned_heads: Fraction = 0.3
+    """Largest fraction of all heads that the controller closes."""
+    min_heads_per_layer: Positive = 1
+    """Heads that it leaves open in each layer."""
+    controller_patience: Positive = 5
+    """The controller stops after this many updates in a row that change little ..."""
+    controller_min_change: NonNegativeFloat = 0.01
+    """... namely the mean gate by less than this."""
+    controller_audit: Positive = 5
+    """Every so many updates all open heads are ablated, not only the shortlist."""
+    gate_l1: NonNegativeFloat = 0.0
+    """Weight of the gates' sum, added to the loss, with which the controller also learns their logits by
+    gradient descent; 0: it does not."""
+
+
+@dataclass(frozen=True)
 class ScaleSettings:
     """How the work is distributed over devices."""
 
@@ -329,35 +380,5 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     growth: GrowthSettings = field(default_factory=GrowthSettings)
+    heads: HeadSettings = field(default_factory=HeadSettings)
     scale: ScaleSettings = field(default_factory=ScaleSettings)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture at one point: all sizes and policies that the model's programs depend on."""
-
-    n_layers: Count
-    d_model: Positive
-    n_heads: Positive
-    head_dim: Positive
-    d_ff: Positive
-    vocab_size: Count
-    seq_len: Positive
-    dropout: Fraction
-    positions: str
-    norm: str
-    activation: str
-    tied_head: bool
-    biases: bool
-    init_std: PositiveFloat
-    scan_layers: str
-    dtype: str
-    remat: bool
-    attention: Attention
-    loss_chunk: Count | None
-    attn_lora_rank: Count
-    """Rank of the adapters on the attention's matrices; 0: none."""
-    vocab_lora_rank: Count
-    """Rank of the adapter on the token embedding; 0: none."""
-    lora_base: str
-    """frozen or trained: whether the matrices that have an adapter are trained."""

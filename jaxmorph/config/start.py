@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import OperationError, RunShape, divided, scaled_count, scaled_number
-from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig, Settings
+from jaxmorph.config.settings import LARGEST_COUNT, Settings
 
 DEFAULT_MAX_STEPS = 2000
 _MANY_PASSES = 20  # over a corpus; more is a warning

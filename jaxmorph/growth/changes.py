@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxmorph.cli.wording import listed, repeatable
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import (
     OperationError,
     RunShape,
@@ -16,7 +17,7 @@ from jaxmorph.config.run_shape import (
     scaled_number,
     whole_product,
 )
-from jaxmorph.config.settings import LARGEST_COUNT, ModelConfig
+from jaxmorph.config.settings import LARGEST_COUNT
 
 # Each takes a shape, a checked value and all options, and
 # raises OperationError if the value does not suit the shape.

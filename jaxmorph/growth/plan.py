@@ -12,8 +12,9 @@ from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
 from jaxmorph.config.mesh import MeshShape
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
-from jaxmorph.config.settings import ModelConfig, Settings
+from jaxmorph.config.settings import Settings
 from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
 from jaxmorph.growth.operations import OPERATIONS, Operation
 from jaxmorph.growth.schedule import Entry, load_schedule, refusal

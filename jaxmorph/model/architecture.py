@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.signatures import Signature, count_parameters, parse_table
 
 INDEX_AXES = frozenset({"vocab", "position"})

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.architecture import gpt_axis_sizes, gpt_signatures
 from jaxmorph.model.attention import causal_attention
 from jaxmorph.model.measures import Measures

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.architecture import gpt_signatures, lora_adapters
 
 Params = dict

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 
 
 def parameter_dtype(config: ModelConfig) -> jnp.dtype:

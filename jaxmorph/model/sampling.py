@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model import gpt
 from jaxmorph.model.blocks import Cache, Gates, Params
 

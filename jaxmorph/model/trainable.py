@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig
 from jaxmorph.model.architecture import gpt_signatures, lora_adapters
 from jaxmorph.model.signatures import Signature
 
@@ -50,6 +50,10 @@ class Trainable:
         """Return the sizes of the axes in the view, given those in the model."""
         layers = {} if self.layers is None else {LAYER: len(self.layers)}
         return {**sizes, **layers}
+
+    def layers_of(self, array: Any) -> Any:
+        """Return the trained layers of an array whose first axis is the layer."""
+        return array if self.layers is None else array[list(self.layers), ...]
 
     def _view(self, node: Mapping[str, Any], path: str) -> dict[str, Any]:
         found = {}

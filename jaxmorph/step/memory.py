@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxmorph.config.mesh import MeshShape
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig, OptimizerSettings
+from jaxmorph.config.settings import OptimizerSettings
 from jaxmorph.model.architecture import INDEX_AXES, gpt_axis_sizes, loss_chunk
 from jaxmorph.model.signatures import Signature
 from jaxmorph.model.trainable import trainable_of

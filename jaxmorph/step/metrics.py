@@ -88,6 +88,18 @@ RUN_METRICS = (
     Metric("train/skipped", "skipped updates", form=",.0f", value=lambda update: update.skipped),
     Metric("batch_size", "batch size", form=",.0f", changed_by=_RESIZE),
     Metric("grad_accum_steps", "forward passes per update", form=",.0f", changed_by=_ACCUMULATE),
+    Metric("newly_activated_heads", "heads opened", form=",.0f",
+           value=lambda update: update.state["newly_activated_heads"]),
+    Metric("newly_pruned_heads", "heads closed", form=",.0f",
+           value=lambda update: update.state["newly_pruned_heads"]),
+    Metric("cooling_down_heads", "heads with a rate of their own", form=",.0f",
+           value=lambda update: (update.state["head_status"] > 0).sum()),
+    Metric("max_head_lr_multiplier", "largest multiplier of a head's learning rate",
+           figure="head_learning_rate", brief="largest",
+           value=lambda update: update.head_multipliers.max(initial=0)),
+    Metric("avg_head_lr_multiplier", "mean multiplier of the heads' learning rates",
+           figure="head_learning_rate", brief="mean",
+           value=lambda update: update.mean_head_multiplier),
     Metric("stage", "stage", form=",.0f"),
 )  # fmt: skip
 LM_METRICS = (

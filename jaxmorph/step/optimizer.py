@@ -18,6 +18,7 @@ from jaxmorph.model.precision import wide_dtype
 from jaxmorph.model.signatures import Signature
 from jaxmorph.model.trainable import Trainable
 from jaxmorph.model.tree_paths import parameter_path
+from jaxmorph.step.heads import HEAD_AXES, covers, over_axes
 
 _MUON_RMS = 0.2  # of a muon update; Adam's usual one (Liu et al. 2025, arXiv 2502.16982)
 
@@ -27,9 +28,10 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer: clipping, one rule per parameter group, times the learning rate.
 
-    Its `update(gradients, state, params, learning_rate=...)` takes the learning rate as an array, so
-    that a schedule is evaluated inside the compiled step and a change of rate recompiles nothing. It
-    takes all parameters; its gradients, state and updates cover only the trained part.
+    Its `update(gradients, state, params, learning_rate=..., multipliers=...)` takes the learning rate as
+    an array, so that a schedule is evaluated inside the compiled step and a change of rate recompiles
+    nothing; likewise the multipliers of the rate, see `scale_by_multipliers`. It takes all parameters;
+    its gradients, state and updates cover only the trained part.
 
     Groups: "hidden" are the matrices between activations, "index" those with a vocabulary or position
     axis, "vector" biases and gains. Vectors are not decayed; muon updates only the hidden matrices,
@@ -45,8 +47,9 @@ def make_optimizer(
         group: _rule(settings, group, signatures) for group in ("hidden", "index", "vector")
     }
     grouped = optax.multi_transform(rules, group_labels(signatures))
+    per_head = scale_by_multipliers(signatures, HEAD_AXES)
     return of_trained_part(
-        optax.chain(*clip, grouped, scale_by_learning_rate_argument()), trainable
+        optax.chain(*clip, grouped, per_head, scale_by_learning_rate_argument()), trainable
     )
 
 
@@ -80,6 +83,58 @@ def group_labels(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """Return the optimizer group of each parameter, as nested dicts like the parameters."""
     labels = {tuple(path.split("/")): _group(s) for path, s in signatures.items()}
     return traverse_util.unflatten_dict(labels)
+
+
+def scale_by_multipliers(
+    signatures: Mapping[str, Signature], axes: str
+) -> optax.GradientTransformationExtraArgs:
+    """Return a transform of the updates of parameters that have some axes: a rate for each entry.
+
+    Its extra argument `multipliers` has the factors [axes] by the axes' names; without them updates are
+    unchanged. It stands after the update rule and its decay: Adam would cancel a factor on gradients.
+
+    Args:
+      signatures: of the parameters, by path; nested dicts with these paths.
+      axes: the axes' names, separated by spaces: "layer head".
+    """
+
+    def scaled(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        factors = extra.get("multipliers", {}).get(axes)
+        if factors is None:
+            return updates, state
+
+        def one(signature: Signature, update: jax.Array) -> jax.Array:
+            return update * over_axes(factors, axes, signature).astype(update.dtype)
+
+        return by_signature(signatures, one, updates), state
+
+    def label(signature: Signature) -> str:
+        return "scaled" if covers(signature, axes) else "unscaled"
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
+    labels = {tuple(path.split("/")): label(s) for path, s in signatures.items()}
+    return optax.multi_transform(
+        {"scaled": rule, "unscaled": optax.identity()}, traverse_util.unflatten_dict(labels)
+    )
+
+
+def by_signature(
+    signatures: Mapping[str, Signature], rule: Callable[[Signature, Any], Any], tree: Any
+) -> Any:
+    """Return `rule` of the signature and the leaf of each parameter; masked ones are left out."""
+
+    def one(path: tuple, leaf: Any) -> Any:
+        masked = isinstance(leaf, optax.MaskedNode)
+        return leaf if masked else rule(signatures[parameter_path(path)], leaf)
+
+    return jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
+    )
 
 
 def scale_by_learning_rate_argument() -> optax.GradientTransformationExtraArgs:
@@ -137,30 +192,53 @@ def _muon(
 ) -> optax.GradientTransformation:
     """Return muon (Jordan et al. 2024) over whole matrices, each stacked layer by itself."""
 
-    def over_matrices(rule: Callable[[Signature, Any], Any], updates: optax.Updates) -> Any:
-        def one(path: tuple, leaf: Any) -> Any:
-            masked = isinstance(leaf, optax.MaskedNode)
-            return leaf if masked else rule(signatures[parameter_path(path)], leaf)
-
-        return jax.tree_util.tree_map_with_path(
-            one, updates, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
-        )
-
     def dimension_numbers(signature: Signature, _: jax.Array) -> MuonDimensionNumbers:
         consumed, produced = signature.matrix_dimensions
         return MuonDimensionNumbers(consumed, produced)
 
-    def scale(signature: Signature, update: jax.Array) -> jax.Array:
-        sizes = [math.prod(update.shape[d] for d in part) for part in signature.matrix_dimensions]
-        return update * (_MUON_RMS * math.sqrt(max(sizes)))
+    def scaled(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        heads = extra.get("multipliers", {}).get(HEAD_AXES)
+        n_open = None if heads is None else (heads > 0).sum(axis=-1)
+
+        def one(signature: Signature, update: jax.Array) -> jax.Array:
+            return update * _muon_scale(signature, update, n_open)
+
+        return by_signature(signatures, one, updates), state
 
     return optax.chain(
         scale_by_muon(
             beta=settings.beta1,
-            weight_dimension_numbers=lambda updates: over_matrices(dimension_numbers, updates),
+            weight_dimension_numbers=lambda updates: by_signature(
+                signatures, dimension_numbers, updates
+            ),
         ),
-        optax.stateless(lambda updates, _: over_matrices(scale, updates)),
+        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled),
     )
+
+
+def _muon_scale(
+    signature: Signature, update: jax.Array, n_open: jax.Array | None
+) -> jax.Array | float:
+    """Return what gives an orthogonal update Adam's usual size.
+
+    Args:
+      signature: of the matrix.
+      update: of its shape.
+      n_open: int [layer], how many heads count; None: all.
+    """
+    sizes = [math.prod(update.shape[d] for d in part) for part in signature.matrix_dimensions]
+    if n_open is None or not covers(signature, HEAD_AXES):
+        return _MUON_RMS * math.sqrt(max(sizes))
+    head = signature.axes.index("head")
+    with_heads = head in signature.matrix_dimensions[1]
+    per_head = sizes[with_heads] / update.shape[head]
+    size = jnp.maximum(sizes[not with_heads], per_head * n_open).astype(update.dtype)
+    return _MUON_RMS * over_axes(jnp.sqrt(size), "layer", signature)
 
 
 def plateau_transform(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxmorph.model.measures import Measures
 from jaxmorph.model.trainable import trainable_of
+from jaxmorph.step.heads import head_profile
 from jaxmorph.step.parts import Parts
 from jaxmorph.step.sharding import (
     batch_sharding,
@@ -97,7 +98,14 @@ def make_programs(start: Start, mesh: Mesh, parts: Parts) -> Programs:
 
     abstract = jax.eval_shape(init)
     step = TrainingStep(
-        start.shape, start.settings.optimizer, parts, trainable, optimizer, constrain
+        start.shape,
+        start.settings.optimizer,
+        parts,
+        trainable,
+        optimizer,
+        constrain,
+        head_profile(start.settings.heads),
+        start.settings.run.log_interval,
     )
     shardings = state_shardings(mesh, abstract, trainable.signatures, parts)
     return Programs(

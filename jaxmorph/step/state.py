@@ -20,8 +20,11 @@ from jaxmorph.model.named_axes import NamedAxes
 from jaxmorph.model.precision import parameter_dtype
 from jaxmorph.step.optimizer import plateau_transform
 
+OPEN_LOGIT = 3.0  # of the gate of a head that the controller leaves alone
 _SCALAR = NamedAxes()
 _PER_LAYER = NamedAxes("layer")
+_HEADS_AT_ONE = NamedAxes("layer head", fresh=1)
+_HEADS_CLOSED = NamedAxes("layer head", fresh=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -69,11 +72,13 @@ class Variable:
       dtype: "float" for the parameters' dtype.
       first: the initial value: one number for all entries, or arrays with their own shapes and
         dtypes, which are over `axes` if it names any; None: `axes.fresh`.
+      since: the checkpoint format that first has it; read from an older one, it has its first value.
     """
 
     axes: NamedAxes = _SCALAR
     dtype: str = "float"
     first: Callable[[Start], Any] | None = None
+    since: int = 1
 
     def begin(self, start: Start, sizes: Mapping[str, int]) -> Any:
         """Return the initial value of the variable for these axis sizes."""
@@ -105,7 +110,13 @@ VARIABLES: Mapping[str, Variable] = {
     "skipped_in_a_row": Variable(dtype="int32"),
     "rng": Variable(dtype="uint32", first=_dropout_stream),
     "layer_gate": Variable(NamedAxes("layer", fresh=1)),  # scales what a block adds
-    "head_gate": Variable(NamedAxes("layer head", fresh=1)),  # scales a head's output
+    "head_gate": Variable(_HEADS_AT_ONE),  # scales a head's output
+    # Of `heads.judged`; a fresh head is yet to open.
+    "head_status": Variable(_HEADS_CLOSED, dtype="int32", first=lambda start: 0, since=4),
+    "head_boost": Variable(_HEADS_AT_ONE, since=4),  # scales the boost of a head's rate
+    "head_logit": Variable(NamedAxes("layer head", fresh=OPEN_LOGIT), since=4),
+    "newly_activated_heads": Variable(dtype="int32", since=4),  # since the log's last full line
+    "newly_pruned_heads": Variable(dtype="int32", since=4),
     "fade_start": Variable(_PER_LAYER, dtype="int32"),  # the step at which a gate began to open
     "fade_steps": Variable(_PER_LAYER, dtype="int32"),  # steps it takes; 0: it does not change
     "lora_alpha": Variable(first=lambda start: start.shape.lora_alpha),

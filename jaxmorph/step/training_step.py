@@ -19,6 +19,7 @@ from jaxmorph.model.blocks import Params
 from jaxmorph.model.measures import Mean, Measures
 from jaxmorph.model.precision import parameter_dtype
 from jaxmorph.model.trainable import Trainable
+from jaxmorph.step.heads import CLOSED, HEAD_AXES, OPENED, HeadProfile, judged, without_closed
 from jaxmorph.step.optimizer import global_norm, plateau_transform
 from jaxmorph.step.parts import Parts
 from jaxmorph.step.schedules import lr_multiplier_at, schedule_shape
@@ -52,6 +53,7 @@ class Update:
       learning_rate: of the update.
       state: the state after it.
       measures: sums with counts over the step's micro-batches.
+      head_multipliers: [layer, head], of the learning rate.
     """
 
     loss: jax.Array
@@ -59,6 +61,12 @@ class Update:
     learning_rate: jax.Array
     state: TrainState
     measures: Measures
+    head_multipliers: jax.Array
+
+    @property
+    def mean_head_multiplier(self) -> jax.Array:
+        """Return the mean multiplier of the heads' rates, with 0 for closed ones; 0 without heads."""
+        return self.head_multipliers.sum() / max(1, self.head_multipliers.size)
 
     @property
     def skipped(self) -> jax.Array:
@@ -77,6 +85,8 @@ class TrainingStep:
       trainable: what is trained.
       optimizer: of the trained part; it takes all parameters.
       constrain: constrains the sharding of the residual stream.
+      heads: the learning rate of a head after it opens.
+      log_interval: steps between full lines of the log.
     """
 
     shape: RunShape
@@ -85,6 +95,8 @@ class TrainingStep:
     trainable: Trainable
     optimizer: optax.GradientTransformationExtraArgs
     constrain: Callable[[jax.Array], jax.Array]
+    heads: HeadProfile
+    log_interval: int
 
     @property
     def recorded(self) -> tuple[str, ...]:
@@ -131,23 +143,29 @@ class TrainingStep:
         loss = sums.measures[self.parts.task.loss]
         share = 1 / loss.count
         mean = jax.tree.map(lambda g: g * share.astype(g.dtype), sums.gradients)
+        status = judged(state["head_status"], state["head_gate"], self.heads.cooldown)
+        mean = self._without_closed(mean, status)
         norm, rate = global_norm(mean), learning_rate(self.settings, state)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.value)
-        params, opt_state = jax.tree.map(
+        params, opt_state, status = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b),
-            self._updated(state, mean, rate),
-            (self.trainable.view(state.params), state.opt_state),
+            (*self._updated(state, mean, rate, status), status),
+            (self.trainable.view(state.params), state.opt_state, state["head_status"]),
         )
         skip = 1 - finite.astype(jnp.int32)
+        counts = self._changed_heads(state, status)
         state = dataclasses.replace(
             state, params=self.trainable.merged(state.params, params), opt_state=opt_state
         ).with_variables(
             step=state["step"] + 1,
             skipped=state["skipped"] + skip,
             skipped_in_a_row=(state["skipped_in_a_row"] + 1) * skip,
+            head_status=status,
+            **counts,
         )
         state = with_fading_layers(state)
-        metrics = self._metrics(Update(loss.value, norm, rate, state, sums.measures))
+        multipliers = self.heads.multipliers(status, state["head_boost"])
+        metrics = self._metrics(Update(loss.value, norm, rate, state, sums.measures, multipliers))
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
     def evaluate(self, state: TrainState, batch: Batch) -> Measures:
@@ -163,12 +181,37 @@ class TrainingStep:
         _, plateau = plateau_transform(self.settings).update({}, plateau, value=value)
         return state.with_variables(plateau=plateau)
 
-    def _updated(self, state: TrainState, mean: Params, rate: jax.Array) -> tuple[Params, Any]:
+    def _updated(
+        self, state: TrainState, mean: Params, rate: jax.Array, status: jax.Array
+    ) -> tuple[Params, Any]:
+        multipliers = self.heads.multipliers(status, state["head_boost"])
         updates, opt_state = self.optimizer.update(
-            mean, state.opt_state, state.params, learning_rate=rate
+            mean,
+            self._without_closed(state.opt_state, status),
+            state.params,
+            learning_rate=rate,
+            multipliers={HEAD_AXES: self.trainable.layers_of(multipliers)},
         )
         params: Any = optax.apply_updates(self.trainable.view(state.params), updates)
         return params, opt_state
+
+    def _without_closed(self, tree: Any, status: jax.Array) -> Any:
+        """Return gradients or moments with those of closed heads at zero."""
+        closed = self.trainable.layers_of(status == CLOSED)
+        return without_closed(tree, self.trainable.trained, closed)
+
+    def _changed_heads(self, state: TrainState, status: jax.Array) -> dict[str, jax.Array]:
+        """Return how many heads have opened and closed since the last full line of the log."""
+        before, step = state["head_status"], state["step"]
+        full = (step % self.log_interval == 0) | (step == 1) | (step == state["total_steps"])
+        now = {
+            "newly_activated_heads": (status == OPENED) & (before == CLOSED),
+            "newly_pruned_heads": (status == CLOSED) & (before != CLOSED),
+        }
+        return {
+            name: jnp.where(full, 0, state[name]) + heads.sum(dtype=jnp.int32)
+            for name, heads in now.items()
+        }
 
     def _metrics(self, update: Update) -> Metrics:
         means = self.parts.task.means(update.measures)

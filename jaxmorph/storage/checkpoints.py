@@ -251,6 +251,15 @@ class Checkpoints:
         """
         return self._verified.meta(step)
 
+    def format_of(self, step: int) -> int:
+        """Return the format in which a step was written.
+
+        Raises:
+          CorruptCheckpointsError: the checkpoint is not sound.
+          FormatError: it is of a format that cannot be read.
+        """
+        return self._verified.readable(step)[1]["format"]
+
     def restore(
         self, step: int, abstract: Mapping[str, jax.ShapeDtypeStruct], *, part: bool = False
     ) -> dict[str, jax.Array]:

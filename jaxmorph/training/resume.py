@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.printing import say, sentence
 from jaxmorph.config.fields import changeable, values_of
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.growth.schedule import Entry, entry_sha256
 from jaxmorph.model import gpt
+from jaxmorph.model.architecture import gpt_axis_sizes
 from jaxmorph.model.blocks import Gates, Params
 from jaxmorph.model.tree_paths import from_leaves, leaves_by_path
-from jaxmorph.step.state import GATES, TrainState, gates_of
+from jaxmorph.step.state import GATES, Start, TrainState, Variable, gates_of
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.storage.declared import mismatch
 from jaxmorph.storage.json_lines import LogMark
@@ -192,8 +193,17 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     accept = settings.run.accept_damaged_log
     damaged = setup.logs.check(record.position, record.logs, accept=accept)
     programs = setup.compiler.uncompiled(record.position.next_operation)
+    shape = setup.plan.stages[record.position.next_operation].shape
     state = restore_state(
-        setup.checkpoints, step, programs.abstract_state, programs.state_shardings
+        setup.checkpoints,
+        step,
+        programs.abstract_state,
+        programs.state_shardings,
+        variables_since(
+            setup.checkpoints.format_of(step),
+            setup.tables.step.variables,
+            Start(settings, shape, setup.total_steps),
+        ),
     )
     lines = [f"changed {line}" for line in changes] + [f"accepted {note}" for note in damaged]
     say(f"Resuming at step {step}." + "".join(f"\n  {sentence(line)}" for line in lines))
@@ -201,7 +211,11 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
 
 
 def restore_state(
-    checkpoints: Checkpoints, step: int, abstract: TrainState, shardings: TrainState
+    checkpoints: Checkpoints,
+    step: int,
+    abstract: TrainState,
+    shardings: TrainState,
+    added: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Return the state of a checkpoint with the given shardings.
 
@@ -210,13 +224,35 @@ def restore_state(
       step: the step to restore.
       abstract: shapes and dtypes of the state.
       shardings: a sharding for each leaf.
+      added: values of variables that the checkpoint does not have, by name.
     """
+    stored = {name: v for name, v in abstract.variables.items() if name not in (added or {})}
+    old = dataclasses.replace(abstract, variables=stored)
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings,
+        old,
+        dataclasses.replace(
+            shardings, variables={name: shardings.variables[name] for name in stored}
+        ),
     )
-    return from_leaves(abstract, checkpoints.restore(step, leaves_by_path(placed)))
+    state = from_leaves(old, checkpoints.restore(step, leaves_by_path(placed)))
+    fresh = {
+        name: jax.device_put(value, shardings.variables[name])
+        for name, value in (added or {}).items()
+    }
+    return dataclasses.replace(state, variables=state.variables | fresh)
+
+
+def variables_since(number: int, variables: Mapping[str, Variable], start: Start) -> dict[str, Any]:
+    """Return the first values of the variables that checkpoints of an older format do not have.
+
+    Args:
+      number: the format.
+      variables: the declared ones.
+      start: the settings, and the shape of the run where it goes on.
+    """
+    sizes = gpt_axis_sizes(start.shape.model)
+    return {v: each.begin(start, sizes) for v, each in variables.items() if each.since > number}
 
 
 def restore_model(checkpoints: Checkpoints, step: int, config: ModelConfig) -> tuple[Params, Gates]:

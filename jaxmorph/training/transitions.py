@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.model import gpt
 from jaxmorph.model.precision import wide_dtype

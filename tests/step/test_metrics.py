@@ -4,6 +4,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from jaxmorph.step.metrics import DEFAULT, Metric, by_figure, objective
@@ -14,16 +15,32 @@ def test_names_are_told_apart_and_one_judges_the_run():
     judged = objective(DEFAULT)
     assert judged is not None
     assert judged.name == "val/loss"
-    assert list(by_figure(DEFAULT)) == ["learning_rate", "throughput", "gradient_norm", "loss"]
+    assert list(by_figure(DEFAULT)) == [
+        "learning_rate",
+        "throughput",
+        "gradient_norm",
+        "head_learning_rate",
+        "loss",
+    ]
 
 
 def test_what_an_update_gives_is_taken_from_its_facts():
-    update = SimpleNamespace(loss=1.5, grad_norm=2.5, learning_rate=0.1, skipped=3)
+    state: dict = {"newly_activated_heads": 1, "newly_pruned_heads": 2}
+    state["head_status"] = np.asarray([[-1, 0, 1], [7, 0, 0]])
+    update = SimpleNamespace(
+        loss=1.5, grad_norm=2.5, learning_rate=0.1, skipped=3, state=state,
+        head_multipliers=np.asarray([0.0, 3.0]), mean_head_multiplier=1.5,
+    )  # fmt: skip
     values = {metric.name: metric.value(update) for metric in DEFAULT if metric.value is not None}
     assert values == {
         "train/learning_rate": 0.1,
         "train/grad_norm": 2.5,
         "train/skipped": 3,
+        "newly_activated_heads": 1,
+        "newly_pruned_heads": 2,
+        "cooling_down_heads": 2,
+        "max_head_lr_multiplier": 3.0,
+        "avg_head_lr_multiplier": 1.5,
     }
 
 

@@ -35,8 +35,8 @@ from operation_cases import (
 from small_models import flat, resolved
 
 from jaxmorph.config.mesh import MeshShape, parse_mesh
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.config.settings import ModelConfig
 from jaxmorph.growth.operations import OPERATIONS
 from jaxmorph.growth.plan import Plan, make_plan
 from jaxmorph.model import gpt

@@ -15,7 +15,7 @@ import pytest
 from tiny_runs import TINY_GPT, write_text
 
 from jaxmorph import evaluate
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.architecture import flops_per_token
 from jaxmorph.train import main
 

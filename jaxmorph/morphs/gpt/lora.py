@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.architecture import RANK_AXES, gpt_signatures, lora_adapters
 from jaxmorph.model.blocks import Params
 from jaxmorph.model.lora import detour

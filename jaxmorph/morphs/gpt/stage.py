@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxmorph.config.settings import ModelConfig
+from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model import gpt
 from jaxmorph.model.architecture import gpt_axis_sizes, gpt_signatures
 from jaxmorph.morphs.apply import apply
