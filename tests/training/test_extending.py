@@ -63,9 +63,9 @@ def _census(run) -> None:
     """A turn: count its calls, raise every head's status by the number of the call, record it."""
     calls = run.recall("census", 0) + 1
     run.remember("census", calls)
-    status = run.state["head_status"]
+    status = run.state["head_wear"]
     raised = jax.device_put(np.asarray(status) + np.int32(calls), status.sharding)
-    run.state = run.state.with_variables(head_status=raised)
+    run.state = run.state.with_variables(head_wear=raised)
     run.record({"heads/calls": calls})
 
 
@@ -88,13 +88,13 @@ def _tables() -> Tables:
         step=Parts(
             variables={
                 **VARIABLES,
-                "head_status": Variable(NamedAxes("layer head", fresh=-100), "int32", lambda _: 0),
+                "head_wear": Variable(NamedAxes("layer head", fresh=-100), "int32", lambda _: 0),
             },
             run_metrics=(
                 *RUN_METRICS,
                 Metric("heads/calls", "calls of the census", figure="census", tile=True),
                 Metric("heads/status", "mean status of heads", figure="census",
-                       value=lambda update: update.state["head_status"].astype(float).mean()),
+                       value=lambda update: update.state["head_wear"].astype(float).mean()),
             ),
             make_optimizer=_with_head_ages,
             optimizer_fields={"age": NamedAxes("layer head", fresh=0)},
@@ -110,7 +110,7 @@ def _tables() -> Tables:
         morphs={**MORPHS, "reverse_heads": _reverse_heads},
         adjustments={
             "calm_heads": lambda entry, state: {
-                "head_status": np.full(state["head_status"].shape, 5)
+                "head_wear": np.full(state["head_wear"].shape, 5)
             }
         },
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _leaf(run: Path, path: str) -> np.ndarray:
 
 def test_leaves_over_layers_and_heads_go_where_these_go(extended):
     status, age, _ = _expected()
-    np.testing.assert_array_equal(_leaf(extended, "variables/head_status"), status)
+    np.testing.assert_array_equal(_leaf(extended, "variables/head_wear"), status)
     np.testing.assert_array_equal(_leaf(extended, "opt_state/1/age"), age)
 
 
@@ -263,5 +263,5 @@ def test_after_a_failed_operation_the_turns_behind_it_are_taken_once(extended, t
 
 def test_the_tables_of_the_package_are_as_they_were():
     assert "reverse_heads" not in {**OPERATIONS, **MORPHS}
-    assert "head_status" not in VARIABLES
+    assert "head_wear" not in VARIABLES
     assert [turn.name for turn in TURNS] == ["evaluate", "operate", "save"]
