@@ -85,7 +85,7 @@ MALFORMED_FLAGS = {
     "not a number": (["--learning_rate", "nan"], ["--learning_rate", "nan", "finite"]),
     "missing file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "readable file"]),
     "folder as file": (["--config", "."], ["readable file"]),
-    "reserved": (["--enable_head_lr"], ["--enable_head_lr", "known flag"]),
+    "reserved": (["--gradual_finetuning"], ["--gradual_finetuning", "known flag"]),
     "schedule": (
         ["--scaling_schedule_file", "x.json"],
         ["--scaling_schedule_file", "existing file"],
