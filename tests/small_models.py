@@ -72,11 +72,16 @@ def shaken(params: dict, seed: int = 0) -> dict:
 
 
 def reference_logits(
-    config: ModelConfig, params: dict, tokens: np.ndarray, without: Collection = ()
+    config: ModelConfig,
+    params: dict,
+    tokens: np.ndarray,
+    without: Collection = (),
+    entropies: list | None = None,
 ) -> np.ndarray:
     """Logits [B, T, V] computed with loops and full matrices in float64.
 
-    `without` has the heads that are left out, each as (layer, head).
+    `without` has the heads that are left out, each as (layer, head). `entropies` gets the entropy of
+    the weights of every head, example and token, over the log of what it sees: (layer, head, entropy).
     """
 
     def wide(node: Any) -> Any:
@@ -93,7 +98,10 @@ def reference_logits(
         attention = {name: leaf[layer] for name, leaf in blocks["attention"].items()}
         mlp = {name: leaf[layer] for name, leaf in blocks["mlp"].items()}
         heads = [head for head in range(config.n_heads) if (layer, head) not in without]
-        x = x + _attention(config, attention, x, heads)
+        found: list = []
+        x = x + _attention(config, attention, x, heads, found)
+        if entropies is not None:
+            entropies += [(layer, head, entropy) for head, entropy in found]
         x = x + _mlp(config, mlp, x)
     x = _norm(config, x, params["head"]["norm"], params["head"].get("norm_bias"))
     output = params["embed"]["tokens"].T if config.tied_head else params["head"]["output"]
@@ -107,7 +115,7 @@ def _norm(config, x, scale, bias):
     return y if bias is None else y + bias
 
 
-def _attention(config, p, x, heads):
+def _attention(config, p, x, heads, entropies):
     x = _norm(config, x, p["norm"], p.get("norm_bias"))
     out = np.zeros_like(x)
     B, T, _ = x.shape
@@ -122,7 +130,11 @@ def _attention(config, p, x, heads):
             for t in range(T):
                 scores = k[b, : t + 1] @ q[b, t] / np.sqrt(config.head_dim)
                 weights = np.exp(scores - scores.max())
-                mixed = (weights / weights.sum()) @ v[b, : t + 1]
+                weights = weights / weights.sum()
+                if t:
+                    nats = -weights[weights > 0] @ np.log(weights[weights > 0])
+                    entropies.append((head, nats / np.log(t + 1)))
+                mixed = weights @ v[b, : t + 1]
                 out[b, t] += mixed @ p["out"][head]
     return out + (p["out_bias"] if config.biases else 0.0)
 

@@ -64,6 +64,33 @@ def causal_attention(
     )
 
 
+def attention_entropy(query_BTHK: jax.Array, key_BTHK: jax.Array) -> jax.Array:
+    """Return each head's mean entropy of its attention, as a fraction of the largest possible, [H].
+
+    The largest entropy of a token is the log of how many it sees. The mean is over all tokens but the
+    first, which sees only itself; of one token alone it is 0. Computed in float32, or in float64 for
+    float64 inputs, as log Σ exp s - Σ p·s with scores s and weights p, by blocks of queries.
+
+    Args:
+      query_BTHK: queries.
+      key_BTHK: keys, of the same shape and dtype.
+    """
+    q_BHTK, k_BHSK = _heads_first(_scaled(query_BTHK), key_BTHK)
+    time, dtype, fractions = q_BHTK.shape[2], wide_dtype(q_BHTK.dtype), []
+    if time == 1:
+        return jnp.zeros(q_BHTK.shape[1], dtype)
+    for start, stop in _blocks(time, _block_size(time)):
+        scores_BHTS = _scores(q_BHTK, k_BHSK, start, stop)
+        scores_BHTS = scores_BHTS - scores_BHTS.max(axis=-1, keepdims=True)
+        weights_BHTS = jnp.exp(scores_BHTS)
+        total_BHT = weights_BHTS.sum(axis=-1)
+        seen_BHTS = jnp.where(weights_BHTS > 0, scores_BHTS, 0)  # 0·-inf is no number
+        mean_BHT = (weights_BHTS * seen_BHTS).sum(axis=-1) / total_BHT
+        largest_T = np.log(np.maximum(np.arange(start, stop) + 1, 2)).astype(dtype)
+        fractions.append((jnp.log(total_BHT) - mean_BHT) / largest_T[None, None])
+    return jnp.concatenate(fractions, axis=2)[:, :, 1:].mean(axis=(0, 2))
+
+
 def _resolve(
     implementation: Implementation, query_BTHK: jax.Array, rate: float
 ) -> Literal["xla", "blocked", "cudnn"]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.model.architecture import gpt_axis_sizes, gpt_signatures
-from jaxmorph.model.attention import causal_attention
+from jaxmorph.model.attention import attention_entropy, causal_attention
 from jaxmorph.model.measures import Measures
 from jaxmorph.model.precision import parameter_dtype, wide_dtype
 
@@ -79,13 +79,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """Return the change of the residual stream [B, T, D] and the extended cache."""
         config = self.config
-        x_BTD = normalise(config, x_BTD, self.norm, self.norm_bias)
-        query_BTHK = _linear(x_BTD, self.query, self.query_bias, 1)
-        key_BTHK = _linear(x_BTD, self.key, self.key_bias, 1)
-        value_BTHK = _linear(x_BTD, self.value, self.value_bias, 1)
-        if config.positions == "rotary":
-            start = jnp.zeros((), jnp.int32) if position is None else position
-            query_BTHK, key_BTHK = _rotate(query_BTHK, start), _rotate(key_BTHK, start)
+        query_BTHK, key_BTHK, value_BTHK = self._projected(x_BTD, position)
         if cache is None or position is None:
             cache = {}
             mixed_BTHK = causal_attention(
@@ -108,6 +102,23 @@ class Attention(nnx.Module):
         # of zero is exactly the same as a removed head.
         out_HKD = self.out[...] * gates_H[:, None, None]
         return _linear(mixed_BTHK, out_HKD, self.out_bias, 2), cache
+
+    def entropy(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the heads' mean entropy [H], see `attention_entropy`; it has no gradient."""
+        return attention_entropy(*self._projected(jax.lax.stop_gradient(x_BTD), None)[:2])
+
+    def _projected(
+        self, x_BTD: jax.Array, position: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values [B, T, H, K] of the residual stream."""
+        x_BTD = normalise(self.config, x_BTD, self.norm, self.norm_bias)
+        query_BTHK = _linear(x_BTD, self.query, self.query_bias, 1)
+        key_BTHK = _linear(x_BTD, self.key, self.key_bias, 1)
+        value_BTHK = _linear(x_BTD, self.value, self.value_bias, 1)
+        if self.config.positions == "rotary":
+            start = jnp.zeros((), jnp.int32) if position is None else position
+            query_BTHK, key_BTHK = _rotate(query_BTHK, start), _rotate(key_BTHK, start)
+        return query_BTHK, key_BTHK, value_BTHK
 
 
 class MLP(nnx.Module):

@@ -214,6 +214,37 @@ def measure(
     return {"loss": Mean(nats, count), "accuracy": Mean(hits, count), **measures}
 
 
+def attention_entropy(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    *,
+    gates: Gates,
+    constrain: Constrain = lambda x: x,
+) -> jax.Array:
+    """Return each head's mean entropy of its attention [L, H], see `attention.attention_entropy`.
+
+    It is a forward pass of its own, so that a training step has nothing to do with it. Beside a forward
+    pass of the same batch in the same program, XLA computes what they share once, if it is unrolled.
+
+    Args:
+      config: the architecture.
+      params: nested dict of parameters.
+      tokens_BT: token ids, int32, T ≤ seq_len.
+      gates: "layer" [L] and "head" [L, H].
+      constrain: see `forward`.
+    """
+    params = adapted(config, params, gates["lora_alpha"])
+    x_BTD = constrain(_embed(config, params, tokens_BT, jnp.zeros((), jnp.int32)))
+
+    def block(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
+        layer_params, layer_gates = layer
+        run = with_params(Block, config, layer_params)
+        return constrain(run(x_BTD, layer_gates, None)[0]), run.attention.entropy(x_BTD)
+
+    return _run_layers(config, block, x_BTD, (params["blocks"], _per_layer(gates)))[1]
+
+
 def empty_cache(config: ModelConfig, batch: int) -> Cache:
     """Return an empty cache of keys and values for `batch` sequences of up to seq_len tokens."""
     shape = (config.n_layers, batch, config.seq_len, config.n_heads, config.head_dim)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxmorph.model.measures import Measures
 from jaxmorph.model.trainable import trainable_of
+from jaxmorph.step.head_measures import HeadMeasures
 from jaxmorph.step.heads import head_profile
 from jaxmorph.step.parts import Parts
 from jaxmorph.step.sharding import (
@@ -53,6 +54,9 @@ class Programs:
     """(state, batch) -> what the task measures, as sums with counts."""
     observe: Callable[[TrainState, Scalar], TrainState]
     """(state, validation loss) -> state with reduce_on_plateau advanced; consumes the state."""
+    measure_heads: Callable[[TrainState, Batch], HeadMeasures]
+    """(state, batch) -> measures of every head; see `head_measures.measure_heads`. Few runs need it, so
+    `compiled` leaves it as it is."""
     optimizer: optax.GradientTransformationExtraArgs
     state_shardings: TrainState
     abstract_state: TrainState
@@ -77,6 +81,17 @@ class Programs:
         jitted: Any = self.evaluate
         evaluate = _EvaluateByShape(lambda spec: jitted.lower(state, spec).compile(), validation)
         return dataclasses.replace(self, **made, evaluate=evaluate)
+
+    def compiled_for_heads(self, batch: Batch) -> Programs:
+        """Return the same programs, with those that measure heads compiled for a batch of this shape.
+
+        Args:
+          batch: shapes and dtypes of a batch that heads are measured on, over all devices.
+        """
+        state = self.abstract_state
+        programs: dict[str, Any] = {n: getattr(self, n) for n in ("measure_heads", "evaluate")}
+        made = {name: p.lower(state, batch).compile() for name, p in programs.items()}
+        return dataclasses.replace(self, **made)
 
 
 def make_programs(start: Start, mesh: Mesh, parts: Parts) -> Programs:
@@ -140,6 +155,12 @@ def _compilable(step: TrainingStep, mesh: Mesh, state: TrainState) -> dict[str, 
         ),
         "evaluate": jax.jit(
             step.evaluate,
+            in_shardings=(state, batches),
+            out_shardings=everywhere,
+            compiler_options=options,
+        ),
+        "measure_heads": jax.jit(
+            step.measure_heads,
             in_shardings=(state, batches),
             out_shardings=everywhere,
             compiler_options=options,

@@ -19,6 +19,7 @@ from jaxmorph.model.blocks import Params
 from jaxmorph.model.measures import Mean, Measures
 from jaxmorph.model.precision import parameter_dtype
 from jaxmorph.model.trainable import Trainable
+from jaxmorph.step.head_measures import HeadMeasures, measure_heads
 from jaxmorph.step.heads import CLOSED, HEAD_AXES, OPENED, HeadProfile, judged, without_closed
 from jaxmorph.step.optimizer import global_norm, plateau_transform
 from jaxmorph.step.parts import Parts
@@ -171,6 +172,17 @@ class TrainingStep:
     def evaluate(self, state: TrainState, batch: Batch) -> Measures:
         """Return what the task measures on a batch."""
         return self._measure(state, state.params, batch, None)
+
+    def measure_heads(self, state: TrainState, batch: Batch) -> HeadMeasures:
+        """Return what tells heads that matter from others, on a batch; see `measure_heads`."""
+        return measure_heads(
+            self.shape.model,
+            state.params,
+            batch,
+            gates=gates_of(state.variables),
+            task=self.parts.task,
+            constrain=self.constrain,
+        )
 
     def observe(self, state: TrainState, loss: jax.Array) -> TrainState:
         """Return the state with reduce_on_plateau advanced by a validation loss."""

@@ -10,6 +10,7 @@ from jaxmorph.growth.plan import Stage
 from jaxmorph.model.architecture import parameter_count
 from jaxmorph.step.programs import Programs
 from jaxmorph.step.task import Batch, Stream
+from jaxmorph.training.head_meter import HeadMeter
 from jaxmorph.training.position import Position
 
 
@@ -22,12 +23,14 @@ class ActiveStage:
       programs: step and evaluation, compiled.
       stream: training examples of the stage's context length.
       validation: the validation batches.
+      heads: measures the model's heads.
     """
 
     stage: Stage
     programs: Programs
     stream: Stream
     validation: list[Batch]
+    heads: HeadMeter
 
     @property
     def examples_per_step(self) -> int:

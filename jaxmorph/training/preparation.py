@@ -30,6 +30,7 @@ from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.training.active_stage import ActiveStage
+from jaxmorph.training.head_meter import HeadMeter, head_batch_rows, head_batches
 from jaxmorph.training.room import room_of
 from jaxmorph.training.run_logs import RunLogs
 from jaxmorph.training.stages import StageCompiler
@@ -70,6 +71,23 @@ class Setup:
             programs=self.compiler.programs(index),
             stream=self.streams[stage.shape.model.seq_len],
             validation=_validation(self.tables.step.task, self.corpus, self.plan, stage.shape),
+            heads=self._head_meter(index),
+        )
+
+    def _head_meter(self, index: int) -> HeadMeter:
+        task, shape = self.tables.step.task, self.plan.stages[index].shape
+        return HeadMeter(
+            self.mesh,
+            task,
+            get_programs=lambda: self.compiler.for_heads(index),
+            get_batches=lambda: head_batches(
+                task,
+                self.corpus.train,
+                seq_len=shape.model.seq_len,
+                seed=self.settings.run.seed,
+                rows=head_batch_rows(shape, mesh_shape(self.mesh)),
+                count=self.settings.heads.controller_batches,
+            ),
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from jaxmorph.system.signals import StopSignals
 from jaxmorph.training.active_stage import ActiveStage
 from jaxmorph.training.announcement import announcement
 from jaxmorph.training.ending import record_waiting
+from jaxmorph.training.head_meter import Head
 from jaxmorph.training.operate import OperationFailedError, OperationResult, failure, perform
 from jaxmorph.training.position import Position
 from jaxmorph.training.preparation import Setup
@@ -165,6 +167,16 @@ class Run:
         self.position = self.position.evaluated(loss, min_change)
         self.new_loss = self._loss = loss
 
+    def head_measures(self) -> dict[str, np.ndarray]:
+        """Return the measures of each head, [layer, head] by name; see `HeadMeter.measures`."""
+        with self._measuring_heads():
+            return self.active.heads.measures(self.state)
+
+    def ablation(self, heads: Iterable[Head]) -> np.ndarray:
+        """Return by how much the loss rises without each of these heads; see `HeadMeter.ablation`."""
+        with self._measuring_heads():
+            return self.active.heads.ablation(self.state, heads)
+
     def record(self, values: dict[str, float]) -> None:
         """Add values to the line of the last step, by metric name."""
         self.log.record(self.step, values)
@@ -287,6 +299,14 @@ class Run:
         self.progress.note(f"step {self.step}: {metric.label} after it {metric.written(loss)}")
         self.position = self.position.evaluated_again(loss)
         self.record({f"{metric.name}_after": loss})  # last: a failed operation leaves no trace
+
+    @contextlib.contextmanager
+    def _measuring_heads(self) -> Iterator[None]:
+        """Say that heads are measured; no step takes the time for it."""
+        self.log.flush_to_held()
+        with self.progress.doing("measuring heads"):
+            yield
+        self.log.restart_clock()
 
     def _measured(self, batches: Sequence[Batch], crash: str = "") -> dict[str, float]:
         """Return the mean of each of the task's measures over validation batches."""

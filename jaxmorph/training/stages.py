@@ -29,6 +29,7 @@ from jaxmorph.system.background import Background
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.host_memory import available_memory
 from jaxmorph.training import transitions
+from jaxmorph.training.head_meter import head_batch_rows
 from jaxmorph.training.tables import Tables
 
 _PROBE_TOKENS = 256  # at most, per sequence
@@ -36,7 +37,7 @@ _AHEAD = 2  # stages compiled ahead of time: two operations may fire in immediat
 
 
 class _Key(NamedTuple):
-    """A background task: "programs", "change" or "rehearsal", and the number of its stage."""
+    """A background task: "programs", "heads", "change" or "rehearsal", and the number of its stage."""
 
     kind: str
     stage: int
@@ -111,12 +112,21 @@ class StageCompiler:
         """
         return self._background.result(_Key("change", index))
 
+    def for_heads(self, index: int) -> Programs:
+        """Return the programs that measure the heads of stage `index`, compiled now if they are not yet.
+
+        Raises:
+          Exception: see `programs`.
+        """
+        return self._background.result(_Key("heads", self._first_with_programs_of(index)))
+
     def prefetch_after(self, index: int) -> None:
         """Compile the stages after `index` in the background; drop those before it."""
         oldest = self._first_with_programs_of(index)
         self._background.forget(lambda key: key.stage < oldest)
         if self.plan.settings.growth.precompile == "off":
             return
+        self._background.want([_Key("heads", oldest)] * self._measures_heads)
         later = [self._work_for(k) for k in range(index + 1, len(self.plan.stages))]
         self._background.want(key for work in [w for w in later if w][:_AHEAD] for key in work)
 
@@ -131,6 +141,7 @@ class StageCompiler:
     def _compile(self, key: _Key) -> Any:
         work: dict[str, Callable[[int], Any]] = {
             "programs": self._compile_programs,
+            "heads": self._compile_for_heads,
             "change": self._compile_change,
             "rehearsal": self._rehearse,
         }
@@ -140,7 +151,8 @@ class StageCompiler:
         """Return the background tasks for the operation that leads to stage `index`."""
         entry = self.plan.stages[index].entry
         morph = entry is not None and entry.operation.kind == "morph"
-        kinds = ["programs"] * (self._first_with_programs_of(index) == index)
+        compiled = ["programs"] + ["heads"] * self._measures_heads
+        kinds = compiled * (self._first_with_programs_of(index) == index)
         kinds += ["change"] * morph + ["rehearsal"] * (morph and self._can_rehearse())
         return [_Key(kind, index) for kind in kinds]
 
@@ -148,6 +160,11 @@ class StageCompiler:
         """Return the first stage with the same programs as stage `index`."""
         stages = self.plan.stages
         return next((k for k in range(index, 0, -1) if stages[k].recompiles), 0)
+
+    @property
+    def _measures_heads(self) -> bool:
+        """Return whether the run measures heads from time to time."""
+        return self.plan.settings.heads.enable_controller
 
     def _batch(self, shape: RunShape) -> Batch:
         return self.tables.step.task.spec(shape.batch_size, shape.model.seq_len)
@@ -157,6 +174,12 @@ class StageCompiler:
         programs = self.uncompiled(index).compiled(self._batch(shape), self._validation(shape))
         crash_point("compiling")
         return programs
+
+    def _compile_for_heads(self, index: int) -> Programs:
+        shape = self.plan.stages[index].shape
+        rows = head_batch_rows(shape, mesh_shape(self.mesh))
+        batch = self.tables.step.task.spec(rows, shape.model.seq_len)
+        return self.uncompiled(index).compiled_for_heads(batch)
 
     def _compile_change(self, index: int) -> Change:
         old, new = (self.plan.stages[k] for k in (index - 1, index))
