@@ -10,6 +10,7 @@ from typing import Any
 from jaxmorph.cli.errors import nearest
 from jaxmorph.cli.paths import reason
 from jaxmorph.config.fields import Field, fields_of, values_of
+from jaxmorph.config.heads import check_controller_warmup, check_heads
 from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.nanogpt_files import bin_files, ways_to_name
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow
@@ -61,6 +62,7 @@ def checked_total(
         raise sources.error(error.field, error.got, error.expected) from None
     if total is not None:
         check_warmup(settings, sources, total)
+        check_controller_warmup(settings, sources, total)
     return total
 
 
@@ -75,6 +77,7 @@ def check(settings: Settings, sources: Sources) -> None:
         _check_range(name, values[name], field, sources)
     start = _checked_start(settings, sources)
     _check_model(settings, start, sources)
+    check_heads(settings, start.model, sources)
     _check_optimizer(settings, sources)
     for name, field in fields.items():
         if field.path is not None and values[name] is not None:

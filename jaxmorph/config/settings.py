@@ -140,8 +140,8 @@ class RunSettings:
     resume: Changeable[bool] = True
     """Resume from the run folder's newest checkpoint; with --no_resume a used folder is refused."""
     accept_damaged_log: Changeable[bool] = False
-    """Resume although lines of metrics.jsonl or operations.jsonl are missing or changed; those that
-    are left are kept."""
+    """Resume although lines of metrics.jsonl, operations.jsonl or heads.jsonl are missing or changed;
+    those that are left are kept."""
     dry_run: Changeable[bool] = False
     """Print what the settings resolve to, and exit before anything is loaded or written."""
     progress: Changeable[Literal["auto", "bar", "lines", "off"]] = "auto"
@@ -326,14 +326,14 @@ class HeadSettings:
     head_lr_cooldown: Positive | None = None
     """Steps from a head's opening to the run's own rate. Default: the profile's, 1000."""
     head_lr_adaptive: Literal["off", "layer", "importance", "gradient"] = "off"
-    """Scale each head's boost within 0.5 and 2: by its layer, or by the importance or the gradient that
-    the controller measures."""
+    """Scale each head's boost: by its layer, from 0.5 in the first to 2 in the last, or within these by
+    the importance or the gradient that the controller measures, over the median."""
     enable_controller: bool = False
     """Close heads that matter little, and open closed ones that would help."""
     controller_interval: Positive = 100
     """Steps between the controller's updates."""
     controller_warmup: Count = 500
-    """Steps before the first of them."""
+    """Steps before the first of them; fewer than the run's."""
     controller_batches: Positive = 4
     """Training batches it measures on, always the same ones, outside the run's stream."""
     controller_lr: PositiveFloat = 1.0
@@ -345,18 +345,19 @@ class HeadSettings:
     min_controller_lr: PositiveFloat = 0.1
     """Smallest step of a logit."""
     max_pruned_heads: Fraction = 0.3
-    """Largest fraction of all heads that the controller closes."""
+    """Largest fraction of all heads that the controller closes, and its target."""
     min_heads_per_layer: Positive = 1
     """Heads that it leaves open in each layer."""
     controller_patience: Positive = 5
     """The controller stops after this many updates in a row that change little ..."""
     controller_min_change: NonNegativeFloat = 0.01
-    """... namely the mean gate by less than this."""
+    """... namely the gates by less than this on average."""
     controller_audit: Positive = 5
-    """Every so many updates all open heads are ablated, not only the shortlist."""
+    """Every so many updates all open heads are ablated, not only the shortlist; then closed ones that
+    would be worth more than half of the open ones open again."""
     gate_l1: NonNegativeFloat = 0.0
     """Weight of the gates' sum, added to the loss, with which the controller also learns their logits by
-    gradient descent; 0: it does not."""
+    gradient descent, down to a gate of 0.2; 0: it does not."""
 
 
 @dataclass(frozen=True)

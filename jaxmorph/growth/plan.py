@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.config.heads import limits_problem
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
@@ -124,6 +125,10 @@ def _planned(
     where = str(settings.growth.scaling_schedule_file)
     limit = None if settings.optimizer.allow_warmup_past_end else total
     first, *later = walk(entries, start, mesh or MeshShape(), where, limit)
+    most = max(stage.shape.model.n_heads for stage in (first, *later))
+    if problem := limits_problem(settings.heads, most):
+        name, got, wanted = problem
+        raise InputError(f"--{name}", "", got, wanted)
     first = dataclasses.replace(first, warnings=tuple(start_warnings(settings, start)))
     return Plan(settings, mesh, entries, (first, *later), total)
 

@@ -8,6 +8,7 @@ rises over a warmup and decays over a cooldown.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmorph.config.heads import profile_values
 from jaxmorph.config.settings import HeadSettings
 from jaxmorph.model.signatures import Signature
 from jaxmorph.model.tree_paths import parameter_path
@@ -60,23 +62,10 @@ class HeadProfile:
         return jnp.where(status == CLOSED, 0, jnp.where(moving, boosted, 1))
 
 
-_PROFILES = {
-    "pretrain": HeadProfile(5.0, 0.9, 200, 1000),
-    "finetune": HeadProfile(2.0, 0.9, 50, 400),
-    "prune": HeadProfile(3.0, 0.9, 100, 600),
-}
-
-
 def head_profile(settings: HeadSettings) -> HeadProfile:
     """Return the profile that the settings ask for."""
-    named = _PROFILES[settings.head_lr_profile]
-    given = {
-        "boost": settings.head_lr_boost if settings.enable_head_lr else 1.0,
-        "decay": settings.head_lr_decay,
-        "warmup": settings.head_lr_warmup,
-        "cooldown": settings.head_lr_cooldown,
-    }
-    return HeadProfile(**{k: getattr(named, k) if v is None else v for k, v in given.items()})
+    profile = HeadProfile(**profile_values(settings))
+    return profile if settings.enable_head_lr else dataclasses.replace(profile, boost=1.0)
 
 
 def judged(status: jax.Array, gates: jax.Array, cooldown: int) -> jax.Array:

@@ -25,6 +25,7 @@ _SCALAR = NamedAxes()
 _PER_LAYER = NamedAxes("layer")
 _HEADS_AT_ONE = NamedAxes("layer head", fresh=1)
 _HEADS_CLOSED = NamedAxes("layer head", fresh=-1)
+_HEADS_RESTING = NamedAxes("layer head")
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +116,10 @@ VARIABLES: Mapping[str, Variable] = {
     "head_status": Variable(_HEADS_CLOSED, dtype="int32", first=lambda start: 0, since=4),
     "head_boost": Variable(_HEADS_AT_ONE, since=4),  # scales the boost of a head's rate
     "head_logit": Variable(NamedAxes("layer head", fresh=OPEN_LOGIT), since=4),
+    "head_course": Variable(_HEADS_RESTING, dtype="int32", since=4),  # the controller's, -1 to 1
+    "controller_updates": Variable(dtype="int32", since=4),
+    "controller_plateau": Variable(dtype="int32", since=4),  # updates in a row that changed little
+    "controller_stopped": Variable(dtype="int32", since=4),  # 0, or 1 + the operations before it
     "newly_activated_heads": Variable(dtype="int32", since=4),  # since the log's last full line
     "newly_pruned_heads": Variable(dtype="int32", since=4),
     "fade_start": Variable(_PER_LAYER, dtype="int32"),  # the step at which a gate began to open

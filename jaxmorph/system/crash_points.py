@@ -22,6 +22,7 @@ POINTS = (
     "after_manifest",  # manifest is complete, not yet renamed, so not committed
     "after_save",  # committed, older checkpoints not yet pruned
     "evaluation",  # in the middle of an evaluation
+    "controller_update",  # the controller has decided, no gate is set yet
     "compiling",  # the next stage's step is compiled, the morph to it is not
     "before_operation",  # an operation is due, nothing is done yet
     "during_operation",  # the new state is computed, not yet compared with the old one

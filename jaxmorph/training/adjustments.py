@@ -67,6 +67,11 @@ def adjusted(
     if start or not allow_past_end:
         warmup = int(values.get("warmup_steps", state["warmup_steps"]))
         values["warmup_steps"] = restarted_warmup(warmup, start, int(state["total_steps"]))
+    return with_values(state, values)
+
+
+def with_values(state: TrainState, values: Mapping[str, Any]) -> TrainState:
+    """Return the state with other values of some variables, placed as these are; compiles nothing."""
     return state.with_variables(
         **{name: jax.tree.map(_like, state[name], value) for name, value in values.items()}
     )

@@ -30,6 +30,7 @@ from jaxmorph.step.task import Batch, Stream, Task
 from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.storage.run_lock import RunLock
 from jaxmorph.training.active_stage import ActiveStage
+from jaxmorph.training.head_log import has_head_log
 from jaxmorph.training.head_meter import HeadMeter, head_batch_rows, head_batches
 from jaxmorph.training.room import room_of
 from jaxmorph.training.run_logs import RunLogs
@@ -132,7 +133,7 @@ def prepare(
         mesh=mesh,
         compiler=StageCompiler(plan, mesh, validation_specs, tables),
         checkpoints=checkpoints,
-        logs=RunLogs(lock.run_dir),
+        logs=RunLogs(lock.run_dir, heads=has_head_log(settings.heads, plan.entries)),
         lock=lock,
         tables=tables,
         command=_command(settings, sources),

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from jaxmorph.system.signals import StopSignals
 from jaxmorph.training.active_stage import ActiveStage
 from jaxmorph.training.announcement import announcement
 from jaxmorph.training.ending import record_waiting
+from jaxmorph.training.head_log import Status, head_line
 from jaxmorph.training.head_meter import Head
 from jaxmorph.training.operate import OperationFailedError, OperationResult, failure, perform
 from jaxmorph.training.position import Position
@@ -56,6 +57,7 @@ class Run:
       active: the objects of the active stage.
       new_loss: the loss that triggers may fire on: the one evaluated after the last step, then the
         newest after each operation there; None if nothing was evaluated.
+      boosted: the active stage for which the boosts of its layers have been set, in this process.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Run:
         self.new_loss: float | None = None
         self._loss: float | None = None  # of the state as it is; None: not measured
         self.log, self.progress, self._signals = log, progress, signals
+        self.boosted: ActiveStage | None = None
         self._saved = position  # the newest position that a checkpoint may have
 
     @property
@@ -166,6 +169,17 @@ class Run:
         min_change = self.setup.settings.growth.plateau_min_change
         self.position = self.position.evaluated(loss, min_change)
         self.new_loss = self._loss = loss
+        gates = np.asarray(self.state["head_gate"])
+        self.record_heads("evaluated", {}, gates)
+
+    def record_heads(
+        self, status: Status, measured: Mapping[str, np.ndarray], gates_before: np.ndarray
+    ) -> None:
+        """Write a line of heads.jsonl, in a run that has it; see `head_log.head_line`."""
+        if (log := self.setup.logs.heads) is not None:
+            heads = self.setup.settings.heads
+            where = self.state, self.position
+            log.write(head_line(heads, *where, status, measured, gates_before))
 
     def head_measures(self) -> dict[str, np.ndarray]:
         """Return the measures of each head, [layer, head] by name; see `HeadMeter.measures`."""

@@ -11,32 +11,36 @@ from jaxmorph.storage.json_lines import JsonLines, LogMark, Record, cut_back, sa
 from jaxmorph.system.files import replace_file
 from jaxmorph.training.position import Position
 
-METRICS, OPERATIONS = "metrics.jsonl", "operations.jsonl"
+METRICS, OPERATIONS, HEADS = "metrics.jsonl", "operations.jsonl", "heads.jsonl"
 # What is known before the first checkpoint.
-NO_LINES: dict[str, LogMark] = dict.fromkeys((METRICS, OPERATIONS), LogMark.of(()))
+NO_LINES: dict[str, LogMark] = dict.fromkeys((METRICS, OPERATIONS, HEADS), LogMark.of(()))
 
 
 class RunLogs:
-    """`metrics.jsonl` and `operations.jsonl` of a run.
+    """`metrics.jsonl` and `operations.jsonl` of a run, and `heads.jsonl` where its heads change.
 
     Args:
       run_dir: the run folder.
+      heads: whether there is a log of heads.
 
     Attributes:
       metrics: one line per step.
       operations: one line per operation that fired.
+      heads: a line per update of the controller and per evaluation; None: there is no such log.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, *, heads: bool = False):
         self.metrics = JsonLines(run_dir / METRICS)
         self.operations = JsonLines(run_dir / OPERATIONS)
+        self.heads = JsonLines(run_dir / HEADS) if heads else None
+        self._all = [log for log in (self.metrics, self.operations, self.heads) if log is not None]
         self._cuts: list[Callable[[], object]] = []
 
     def sync(self) -> dict[str, LogMark]:
         """Wait until the lines are on disk; return by file name what a checkpoint is to know of them."""
-        for log in (self.metrics, self.operations):
+        for log in self._all:
             log.sync()
-        return {log.path.name: log.mark() for log in (self.metrics, self.operations)}
+        return {log.path.name: log.mark() for log in self._all}
 
     def check(self, position: Position, known: Mapping[str, LogMark], *, accept: bool) -> list[str]:
         """Check that the logs still begin as a checkpoint knows them; change nothing yet.
@@ -53,17 +57,16 @@ class RunLogs:
           InputError: one does not, and `accept` is false; names it and what differs.
         """
         notes, self._cuts = [], []
-        for log, key, last in (
-            (self.metrics, "step", position.step),
-            (self.operations, "index", position.next_operation - 1),
-        ):
+        numbers = (("step", position.step), ("index", position.next_operation - 1))
+        for log, (key, last) in zip(self._all, (*numbers, numbers[0]), strict=False):
             if (mark := known.get(log.path.name)) is None:
                 keep = functools.partial(_is_up_to, log.path, key, last)
                 self._cuts.append(functools.partial(cut_back, log.path, keep))
             elif log.begins_with(mark):
                 self._cuts.append(log.cut)
             else:
-                left = functools.partial(_sound_lines, log.path, key, last)
+                apart = 0 if log is self.heads else 1  # a step may have two lines of heads
+                left = functools.partial(_sound_lines, log.path, key, last, apart)
                 note = _compared(LogMark.of(left()), mark, position.step)
                 if not accept:
                     raise InputError(str(log.path), "", *note)
@@ -78,7 +81,7 @@ class RunLogs:
 
     def close(self) -> None:
         """Close the files."""
-        for log in (self.metrics, self.operations):
+        for log in self._all:
             log.close()
 
 
@@ -88,14 +91,14 @@ def _is_up_to(path: Path, key: str, last: int, record: Record) -> bool:
     return number <= last
 
 
-def _sound_lines(path: Path, key: str, last: int) -> Iterator[bytes]:
-    """The lines of a damaged log whose number follows the one before and is at most `last`."""
+def _sound_lines(path: Path, key: str, last: int, apart: int) -> Iterator[bytes]:
+    """The sound lines of a damaged log: a number up to `last`, `apart` or more after the one before."""
     before = -1
 
     def follows(record: Record) -> bool:
         nonlocal before
         number = _number(record, key)
-        if number is None or not before < number <= last:
+        if number is None or not before + apart <= number <= last:
             return False
         before = number
         return True

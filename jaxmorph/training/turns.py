@@ -10,6 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from jaxmorph.training.control import (
+    control,
+    control_is_due,
+    layer_boosts_are_due,
+    set_layer_boosts,
+)
 from jaxmorph.training.run import Run
 
 CHANGEABLE = ("state", "position", "stage")  # the parts of a run that a turn may change
@@ -36,6 +42,12 @@ class Turn:
 
 
 TURNS = (
+    Turn(  # first: evaluations and triggers judge the gates that training goes on with
+        "control",
+        due=control_is_due,
+        act=control,
+        changes=("state",),
+    ),
     Turn(
         "evaluate",
         due=lambda run: run.is_last or run.step % run.stage.shape.eval_interval == 0,
@@ -47,6 +59,12 @@ TURNS = (
         due=lambda run: run.operation_due() is not None,
         act=lambda run: run.operate_while_due(),
         changes=CHANGEABLE,
+    ),
+    Turn(
+        "boost",
+        due=layer_boosts_are_due,
+        act=set_layer_boosts,
+        changes=("state",),
     ),
     Turn(
         "save",

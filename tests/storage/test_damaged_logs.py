@@ -28,6 +28,7 @@ def whole(tmp_path_factory):
     """A run of six steps that was left alone."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     assert main(argv(run_dir, 6, "--scheduler", "constant")) == 0
+    assert not (run_dir / "heads.jsonl").exists()  # its heads stay as they are
     return run_dir
 
 

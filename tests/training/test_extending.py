@@ -70,17 +70,17 @@ def _census(run) -> None:
 
 
 def _turns(stop_once: Path | None = None) -> tuple[Turn, ...]:
-    evaluate, operate, save = TURNS
+    *others, save = TURNS
     census = Turn("census", lambda run: run.step % 2 == 1, _census, ("state", "position"))
     if stop_once is None:
-        return (evaluate, operate, census, save)
+        return (*others, census, save)
 
     def stop(run) -> None:
         stop_once.touch()
         os.kill(os.getpid(), signal.SIGTERM)
 
     stopping = Turn("stop", lambda run: run.step == STOPPED_AT and not stop_once.exists(), stop)
-    return (evaluate, operate, census, stopping, save)
+    return (*others, census, stopping, save)
 
 
 def _tables() -> Tables:
@@ -264,4 +264,5 @@ def test_after_a_failed_operation_the_turns_behind_it_are_taken_once(extended, t
 def test_the_tables_of_the_package_are_as_they_were():
     assert "reverse_heads" not in {**OPERATIONS, **MORPHS}
     assert "head_wear" not in VARIABLES
-    assert [turn.name for turn in TURNS] == ["evaluate", "operate", "save"]
+    names = ["control", "evaluate", "operate", "boost", "save"]
+    assert [turn.name for turn in TURNS] == names
