@@ -24,7 +24,11 @@ BASES = {
         *("--activation", "swiglu", "--no_biases", "--no_tied_head"),
     ],
 }
-Policy = Literal["shared", "mean share", "copied", "begun", "silent", "masked", "renewed"]
+Policy = Literal[
+    "shared", "mean share", "copied", "begun", "silent", "masked", "renewed", "regrown"
+]  # fmt: skip
+# Layer and head of the one that is closed in every base, before an operation.
+CLOSED = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,23 @@ class Tuning:
       value: it takes.
       leaves: what it sets, leaf of the state -> value; every other leaf stays as it is.
       fields: what it sets in the run's shape.
+      options: of the operation.
+      gate: what it sets the gates of heads to, and the logit of that gate.
+      heads: those heads, layer and head; None: as the operation says.
     """
 
     name: str
     value: float | int | None
     leaves: dict[str, float] = field(default_factory=dict)
     fields: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    gate: tuple[float, float] | None = None
+    heads: list[tuple[int, int]] | None = None
+
+    @property
+    def label(self) -> str:
+        """A name for it that no other case has."""
+        return " ".join([self.name, *map(str, self.options.values())])
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,8 @@ class Morph:
         `copied`: those it copies, times their share where it produces the axis, and other leaves
         have what they had; `begun`: fresh ones where there is no source, gradients' elsewhere;
         `silent`: of new layers copied, but fresh of what adds to the residual stream; `masked`: of
-        new layers copied; `renewed`: all fresh.
+        new layers copied; `renewed`: all fresh; `regrown`: fresh ones of the closed head, gradients'
+        elsewhere.
       fresh_nu: second moments of fresh entries in means of their leaf's, of what produces the axis
         and of what consumes it.
       options: of the operation.
@@ -101,7 +117,14 @@ TUNINGS = [
     Tuning("set_eval_interval", 10, {}, {"eval_interval": 10}),
     Tuning("change_lora_alpha", 0.5, {"variables/lora_alpha": 8.0}, {"lora_alpha": 8.0}),
     Tuning("set_lora_alpha", 4.0, {"variables/lora_alpha": 4.0}, {"lora_alpha": 4.0}),
-]
+    Tuning("set_gates", 0.5, gate=(0.5, 0.0), heads=[(0, 0), (0, 1), (1, 0), (1, 1)]),
+    Tuning("set_gates", 0.1, options={"heads": [[0, 1], [1, 1]]}, gate=(0.1, np.log(1 / 9)),
+           heads=[(0, 1), (1, 1)]),
+    Tuning("prune_heads", 1, options={"by": "listed", "heads": [[1, 1], [0, 1]]}, gate=(0, -3),
+           heads=[(0, 1)]),
+    Tuning("prune_heads", 0.5, options={"by": "random"}, gate=(0, -3)),
+    Tuning("prune_heads", 0.5, options={"by": "importance"}, gate=(0, -3)),
+]  # fmt: skip
 
 
 def _begun(old: int, new: int) -> list[int]:
@@ -112,6 +135,7 @@ def _again(old: int, new: int) -> list[int]:
     return [entry % old for entry in range(new)]
 
 
+_HERE = [*range(HEADS)]
 _DEEP, _WIDE, _SPREAD = _again(LAYERS, 4), _again(HIDDEN, 24), _again(HEADS, 3)
 _LARGER, _SMALLER = _begun(RANK, 6), [-1] * 2
 # The gradient of B falls and rises with alpha / rank; where the rank shrinks, A is as long as it was
@@ -136,6 +160,11 @@ MORPHS = [
     Morph("widen_heads", 1.5, "head", _SPREAD, "copied",
           options={"recipe": "noise", "noise": 0.5}),
     Morph("widen_heads", 1.5, "head", _begun(HEADS, 3), "begun", options={"recipe": "fresh"}),
+    Morph("regrow_heads", 1, "head", _HERE, "regrown", options={"by": "random"}, mesh="tensor=2"),
+    Morph("regrow_heads", 0.5, "head", _HERE, "regrown", options={"by": "importance"},
+          base="frozen"),
+    Morph("regrow_heads", 1, "head", _HERE, "regrown", mesh="fsdp=2",
+          options={"by": "listed", "heads": [[0, 0], [1, 1]], "weights": "kept"}),
     Morph("set_n_heads", 3, "head", _SPREAD, "shared", options={"recipe": "even"}, mesh="fsdp=2"),
     Morph("widen_embed", 2, "embed", _again(WIDTH, 16), "mean share", mesh="fsdp=2"),
     Morph("set_d_model", 16, "embed", _again(WIDTH, 16), "shared", options={"recipe": "even"},
@@ -168,6 +197,8 @@ def documented_moments(
         return [(how, everything, old)]
     at, role, parts = signature.axes.index(axis), signature.role(axis), []
     source = np.asarray(case.source)
+    if case.policy == "regrown":
+        return _regrown(old, power, signature, exact="kept" not in case.options.values())
     for entry, origin in enumerate(source):
         part = (slice(None),) * at + (entry,)
         repeats = (source == origin).sum()
@@ -180,6 +211,63 @@ def documented_moments(
         else:
             parts.append((how, part, copied * share**power))
     return parts
+
+
+def _regrown(
+    old: np.ndarray, power: int, signature: Signature, exact: bool
+) -> list[tuple[str, Any, np.ndarray]]:
+    """The moments of a leaf with a head axis, where the only closed head of layer 1 opens."""
+    layer, closed = CLOSED
+    at, parts = signature.axes.index("head"), []
+    for place in np.ndindex(LAYERS, HEADS):
+        part = (place[0], *(slice(None),) * (at - 1), place[1])
+        neighbour = (layer, *(slice(None),) * (at - 1), 1 - closed)
+        mean = old[neighbour].mean() if power == 2 else 0.0
+        fresh = ("fresh", part, np.full(old[part].shape, mean))
+        parts.append(
+            fresh if place == CLOSED else ("gradient" if exact else "copied", part, old[part])
+        )
+    return parts
+
+
+def heads_after(
+    case: Tuning | Morph, gates: np.ndarray, status: np.ndarray, acted_on: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gates and the status [layer, head] right after an operation, as the documentation says."""
+    gates, status = gates.copy(), status.copy()
+    if isinstance(case, Tuning):
+        if case.gate is not None:
+            for head in acted_on:
+                gates[head] = case.gate[0]
+        return gates, status
+    if case.axis in ("layer", "head"):
+        at, source = ("layer", "head").index(case.axis), np.asarray(case.source)
+        fresh = [slice(None)] * at + [source < 0]
+        gates, status = (np.take(array, source, at) for array in (gates, status))
+        gates[tuple(fresh)], status[tuple(fresh)] = 1, -1
+    if case.policy == "silent":  # new layers whose output begins at zero: what was open opens anew
+        opens = np.zeros(gates.shape, bool)
+        opens[LAYERS:] = gates[LAYERS:] > 0.1
+        gates[opens], status[opens] = 1, -1
+    if case.policy == "regrown":
+        gates[CLOSED], status[CLOSED] = 1, -1
+    return gates, status
+
+
+def closed_before(case: Tuning | Morph, gates: np.ndarray) -> np.ndarray:
+    """Which heads after an operation, bool [layer, head], are or copy one that was closed before it."""
+    closed = gates <= 0.1
+    if isinstance(case, Morph) and case.axis in ("layer", "head"):
+        at, source = ("layer", "head").index(case.axis), np.asarray(case.source)
+        closed = np.take(closed, source, at)
+        closed[tuple([slice(None)] * at + [source < 0])] = False
+    return np.zeros_like(closed) if opens_heads(case) else closed
+
+
+def opens_heads(case: Tuning | Morph) -> bool:
+    """Whether it opens the closed head of its base."""
+    gate = case.gate[0] if isinstance(case, Tuning) and case.gate else 0
+    return case.name == "regrow_heads" or gate > 0.1
 
 
 def _loses(case: Morph) -> bool:
@@ -202,7 +290,7 @@ def _how(case: Morph, signature: Signature, origin: int, first: bool) -> str:
         case "silent":
             fresh = signature.adds_to_residual
             return "gradient" if first else "fresh" if fresh else "copied"
-        case "masked":
+        case "masked" | "regrown":
             return "gradient" if first else "copied"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jaxmorph.cli.printing import quoted
 from jaxmorph.cli.wording import repeatable
+from jaxmorph.config.closed_heads import NONE_CLOSED, ClosedHeads
 from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.settings import LARGEST_COUNT, Within
 
@@ -37,6 +38,7 @@ class RunShape:
       lora_alpha: numerator of the adapters' scale alpha / rank.
       frozen_layers: layers that are not trained. (Entirely frozen parameters follow from the
         architecture: the adapted ones if `lora_base` is frozen.)
+      closed: how many heads are closed, as far as that is known.
     """
 
     model: ModelConfig
@@ -49,6 +51,12 @@ class RunShape:
     lr_multiplier: float
     lora_alpha: float
     frozen_layers: tuple[int, ...] = ()
+    closed: ClosedHeads = NONE_CLOSED
+
+    @property
+    def n_heads(self) -> int:
+        """Return the number of heads, over all layers."""
+        return self.model.n_layers * self.model.n_heads
 
     @property
     def program_key(self) -> tuple[ModelConfig, int, tuple[int, ...]]:
@@ -57,7 +65,9 @@ class RunShape:
 
     def with_model(self, **sizes: int) -> RunShape:
         """Return the run with another architecture."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
+        after = dataclasses.replace(self, model=dataclasses.replace(self.model, **sizes))
+        closed = self.closed.resized(self.n_heads, after.n_heads)
+        return dataclasses.replace(after, closed=closed)
 
 
 class OperationError(ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from jaxmorph.config.closed_heads import ClosedHeads
 from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import OperationError, RunShape, divided, scaled_count, scaled_number
 from jaxmorph.config.settings import LARGEST_COUNT, Settings
@@ -43,6 +44,10 @@ def start_shape(settings: Settings, vocab_size: int | None, total: int | None) -
         lr_multiplier=growth.lr_multiplier,
         lora_alpha=_scaled(
             scaled_number, settings.model.lora_alpha, "lora_alpha_multiplier", settings
+        ),
+        closed=ClosedHeads(
+            controlled=settings.heads.enable_controller,
+            least_open=settings.heads.min_heads_per_layer,
         ),
     )
 

@@ -15,7 +15,7 @@ from jaxmorph.cli.errors import nearest
 from jaxmorph.cli.wording import aligned
 from jaxmorph.config.run_shape import OperationError, RunShape
 from jaxmorph.config.settings import LARGEST_COUNT, Within
-from jaxmorph.growth import changes
+from jaxmorph.growth import changes, heads
 from jaxmorph.growth.changes import Change, MultipliedCount, Options
 from jaxmorph.growth.values import Option, Value
 
@@ -24,6 +24,10 @@ _MOST = 1e6  # the largest factor allowed
 
 def _kept(before: RunShape, after: RunShape, options: Options) -> bool:
     return True
+
+
+def _never(before: RunShape, after: RunShape, options: Options) -> bool:
+    return False
 
 
 def _kept_unless_changed(before: RunShape, after: RunShape, options: Options) -> bool:
@@ -46,6 +50,7 @@ class Operation:
       recompiles: whether it may need new step and evaluation programs.
       options: by name.
       ranks: names of adapter ranks in ModelConfig; at least one of them must not be 0.
+      heads: which attention heads it acts on, chosen when it fires; "": on none in particular.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Operation:
     recompiles: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
     ranks: tuple[str, ...] = ()
+    heads: Literal["", "any", "open", "closed"] = ""
 
     @property
     def count(self) -> str:
@@ -103,6 +109,8 @@ _GROWTH = Value("factor", float, Within(above=1, high=_MOST))
 _COUNT = Value("whole number", int, Within(low=1, high=LARGEST_COUNT))
 _NUMBER = Value("number", float, Within(above=0, high=_MOST))
 _NULL = Value("null", None)
+_GATE = Value("number", float, Within(low=0, high=1))
+_FRACTION = Value("fraction", float, Within(above=0, high=1))
 
 _MOMENTS = Option(
     "provenance", "where the moments of copied weights come from", ("provenance", "fresh")
@@ -245,6 +253,17 @@ _HYPERPARAMETERS = [
         changes.replaced("lora_alpha"),
         keeps="no, on purpose", exact=_kept_unless_changed, ranks=_ALL_RANKS,
     ),
+    Operation(
+        "set_gates", "hyperparameter", _GATE,
+        "Set the gates of attention heads, which scale their output; 0.1 or less closes them.",
+        heads.set_gates, keeps="no, on purpose", exact=_never, options=heads.SET_OPTIONS,
+        heads="any",
+    ),
+    Operation(
+        "prune_heads", "hyperparameter", _FRACTION,
+        "Close a fraction of the open attention heads, at least one.", heads.prune_heads,
+        keeps="no, on purpose", exact=_never, options=heads.PRUNE_OPTIONS, heads="open",
+    ),
 ]  # fmt: skip
 _DEEPENED: dict[str, Any] = {
     "keeps": "recipe identity and masked yes, copy no",
@@ -283,6 +302,14 @@ _MORPHS = [
     Operation(
         "set_n_heads", "morph", _COUNT, "Set n_heads, as widen_heads does.",
         changes.set_size("n_heads"), **_WIDENED,
+    ),
+    Operation(
+        "regrow_heads", "morph", _FRACTION,
+        "Open a fraction of the closed attention heads again, at least one.", heads.regrow_heads,
+        keeps="yes, except with weights kept",
+        exact=lambda before, after, options: options["weights"] == "fresh",
+        loss="heads add at once what they added when they closed (options: {weights: fresh} is exact)",
+        options=heads.REGROW_OPTIONS, heads="closed",
     ),
     Operation(
         "widen_embed", "morph", Value("whole factor", float, Within(low=2, high=_MOST)),

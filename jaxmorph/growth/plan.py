@@ -204,7 +204,7 @@ def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
 def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> tuple[str, ...]:
     operation, value = entry.operation, entry.value
     said = f"{operation.name} {written(value)}"
-    if value is not None and before == after:
+    if value is not None and before == after and not operation.heads:
         return (f"{said} changes nothing",)
     if not exact and operation.loss:
         return (f"{said} changes the function: {operation.loss}",)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxmorph.cli.errors import nearest
 from jaxmorph.cli.wording import listed, repeatable
 from jaxmorph.config.run_shape import OperationError, check_number
-from jaxmorph.config.settings import Within
+from jaxmorph.config.settings import LARGEST_COUNT, Within
 
 # A value as an entry keeps it: a tuple is a list of layers, None is null.
 Given = float | int | tuple[int, ...] | None
@@ -71,6 +71,7 @@ class Option:
       within: the range of a number.
       only: the option, and its value, that this one requires; None: it always applies.
       with_layers: whether it applies where the value is a list of layers.
+      needs: one of its choices, and the option that must be given with it.
     """
 
     default: Any
@@ -79,14 +80,18 @@ class Option:
     within: Within = _ANY
     only: tuple[str, Any] | None = None
     with_layers: bool = True
+    needs: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         kind = "whole number" if isinstance(self.default, int) else "number"
         takes = " | ".join(self.choices) if self.choices else f"{kind} {self.within}"
         takes = "true | false" if isinstance(self.default, bool) else takes
+        return f"{takes} (default {shown(self.default)}{self._where}): {self.effect}"
+
+    @property
+    def _where(self) -> str:
         where = f", with {self.only[0]} {shown(self.only[1])}" if self.only else ""
-        where += "" if self.with_layers else ", without a list"
-        return f"{takes} (default {shown(self.default)}{where}): {self.effect}"
+        return where + ("" if self.with_layers else ", without a list")
 
     def check(self, got: Any, field: str) -> None:
         """Check a value of the option.
@@ -125,6 +130,33 @@ class Option:
         if not self.with_layers and isinstance(value, (list, tuple)):
             wanted = "no such option with a list of layers, which says it all"
             raise OperationError(chosen[name], wanted, f"options: {name}")
+        if self.needs and chosen[name] == self.needs[0] and chosen[self.needs[1]] is None:
+            wanted = f"the option {self.needs[1]} with {name} {chosen[name]}"
+            raise OperationError(None, wanted, f"options: {self.needs[1]}")
+
+
+@dataclass(frozen=True)
+class HeadList(Option):
+    """An option that lists attention heads as [layer, head] pairs, counted from 0."""
+
+    def __str__(self) -> str:
+        return f"a list of [layer, head] pairs (default none{self._where}): {self.effect}"
+
+    def check(self, got: Any, field: str) -> None:
+        """See `Option.check`; no head may be listed twice."""
+        wanted = "a list of [layer, head] pairs, counted from 0, such as [[0, 1], [2, 0]]"
+        if not isinstance(got, list) or not got or not all(map(_is_pair, got)):
+            raise OperationError(_or_null(got), wanted, field)
+        if twice := next((pair for n, pair in enumerate(got) if pair in got[:n]), None):
+            raise OperationError(twice, "each head once", field)
+
+
+def _is_pair(got: Any) -> bool:
+    return (
+        isinstance(got, list)
+        and len(got) == 2
+        and all(type(n) is int and 0 <= n <= LARGEST_COUNT for n in got)
+    )
 
 
 def shown(value: Any) -> str:

@@ -56,6 +56,16 @@ class Report:
         state = [line for line in self.lines if line.field != "params"]
         return {how: sum(line.entries for line in state if line.how == how) for how in kinds}
 
+    def of_part(self, part: int, whole: int) -> Report:
+        """Return the report where only `part` of `whole` equal parts of what is fresh is."""
+        lines: list[Line] = []
+        for line in self.lines:
+            fresh = line.entries * part // whole if line.how == "fresh" else line.entries
+            rest = line.entries - fresh
+            lines += [dataclasses.replace(line, entries=fresh)] * (fresh > 0 or not rest)
+            lines += [dataclasses.replace(line, how="transported", entries=rest)] * (rest > 0)
+        return dataclasses.replace(self, lines=tuple(lines))
+
     def __str__(self) -> str:
         counts = ", ".join(f"{entries:,} {how}" for how, entries in self.totals.items())
         lost = {path: float(error) for path, error in self.errors.items()}

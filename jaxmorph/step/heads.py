@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmorph.config.closed_heads import CLOSED_GATE, OPEN_GATE
 from jaxmorph.config.heads import profile_values
 from jaxmorph.config.settings import HeadSettings
 from jaxmorph.model.signatures import Signature
 from jaxmorph.model.tree_paths import parameter_path
 
 CLOSED, STABLE, OPENED = -1, 0, 1
-CLOSED_GATE, OPEN_GATE = 0.1, 0.2
 HEAD_AXES = "layer head"
 
 

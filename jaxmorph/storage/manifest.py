@@ -31,6 +31,7 @@ from jaxmorph import __version__
 from jaxmorph.cli.errors import InputError
 from jaxmorph.cli.printing import named
 from jaxmorph.storage.declared import mismatch
+from jaxmorph.system import processes
 from jaxmorph.system.files import sync_file, sync_folder, write_new
 
 if TYPE_CHECKING:
@@ -71,23 +72,12 @@ def state_sha256(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
 
     digest = hashlib.sha256()
     for path in sorted(arrays):
-        value = np.ascontiguousarray(_whole(arrays[path]))
+        value = np.ascontiguousarray(processes.whole(arrays[path]))
         shape = tuple(arrays[path].shape)
         digest.update(f"{path}\0{value.dtype.name}\0{shape}\0".encode())
         # as bytes, because hashlib accepts no buffer of a dtype that NumPy lacks (bfloat16)
         digest.update(value.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _whole(array: jax.Array | np.ndarray) -> Any:
-    """The whole array, on this host."""
-    import jax
-
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(array, tiled=True)
-    return array
 
 
 def describe_leaves(arrays: Mapping[str, Any]) -> dict[str, list]:

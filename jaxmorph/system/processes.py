@@ -7,6 +7,7 @@ same on all: broadcast it with `agreed`, or run it on the first process (`by_fir
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 _FAILED = -(2**31)  # what the first process broadcasts if it failed
 
@@ -56,3 +57,14 @@ def by_first(action: Callable[[], int]) -> int:
     if answer == _FAILED:
         raise FirstProcessError
     return answer
+
+
+def whole(array: Any) -> Any:
+    """Return an array, of which this process may hold a part, with all its entries on this host."""
+    import jax
+
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(array, tiled=True)
+    return array

@@ -12,7 +12,8 @@ import numpy as np
 from jaxmorph.config.run_shape import RunShape, scaled_count
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.step.schedules import restarted_warmup
-from jaxmorph.step.state import TrainState
+from jaxmorph.step.state import OPEN_LOGIT, TrainState
+from jaxmorph.system import processes
 
 Adjustment = Callable[[Entry, TrainState], Mapping[str, Any]]
 
@@ -31,9 +32,25 @@ def _multiply_warmup(entry: Entry, state: TrainState) -> dict[str, Any]:
     return {"warmup_steps": scaled_count(int(state["warmup_steps"]), entry.value)}
 
 
+def _set_gates(entry: Entry, state: TrainState, gate: float | None = None) -> dict[str, Any]:
+    """Set the gates of the heads listed, or of all, and the logits from which the controller goes on."""
+    assert isinstance(entry.value, float)
+    gate = entry.value if gate is None else gate
+    listed = entry.options.get("heads")
+    heads = np.full(state["head_gate"].shape, listed is None)
+    for layer, head in listed or ():
+        heads[layer, head] = True
+    with np.errstate(divide="ignore"):
+        logit = np.clip(np.log(gate) - np.log1p(-gate), -OPEN_LOGIT, OPEN_LOGIT)
+    values = {"head_gate": gate, "head_logit": logit}
+    return {n: np.where(heads, v, np.asarray(processes.whole(state[n]))) for n, v in values.items()}
+
+
 ADJUSTMENTS: Mapping[str, Adjustment] = {
     "reset_lr_schedule": _restart_schedule,
     "change_warmup_iters": _multiply_warmup,
+    "set_gates": _set_gates,
+    "prune_heads": lambda entry, state: _set_gates(entry, state, gate=0.0),
 }
 
 

@@ -31,6 +31,7 @@ def announcement(done: OperationResult, operations: int) -> str:
     ]
     lines += [f"  Warning: {w}" for w in done.after.warnings if w not in entry.warnings]
     lines += [f"  {change}" for change in _settings_changed(done)]
+    lines += [f"  {heads}" for heads in _heads_changed(done)]
     lines += [f"  Model: {change}" for change in _sizes_changed(done)]
     if done.function_delta is not None:
         lines.append(f"  Moved: {done.report}")
@@ -65,7 +66,17 @@ def _sizes_changed(done: OperationResult) -> list[str]:
 def _settings_changed(done: OperationResult) -> list[str]:
     differences = _differences(done.before.shape, done.after.shape)
     written = [(name, _written(was), _written(now)) for name, was, now in differences]
-    return [f"{name}: {was} -> {now}" for name, was, now in written if name != "model"]
+    return [
+        f"{name}: {was} -> {now}" for name, was, now in written if name not in ("model", "closed")
+    ]
+
+
+def _heads_changed(done: OperationResult) -> list[str]:
+    if done.heads is None:
+        return []
+    of_all = f"{len(done.heads)} of {done.after.shape.n_heads}"
+    does = {"any": f"gate {done.entry.value:g} for", "open": "closed", "closed": "opened"}
+    return [f"Heads: {does[done.entry.operation.heads]} {of_all}"]
 
 
 def _written(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from jaxmorph.step.sharding import place_batch
 from jaxmorph.step.state import TrainState
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.training.adjustments import adjusted
+from jaxmorph.training.choice import Head, Measures, chosen_heads, with_heads
 from jaxmorph.training.position import Position
 from jaxmorph.training.stages import Change, StageCompiler
 
@@ -42,6 +43,7 @@ class OperationResult:
       reason: what triggered it.
       report: what happened to each leaf; empty for hyperparameters.
       function_delta: see `transitions.function_delta`; None for hyperparameters.
+      heads: those it acted on; None if it does not act on heads.
       seconds: its duration, including the wait for its programs.
       waited: seconds of that spent waiting for its programs.
     """
@@ -54,6 +56,7 @@ class OperationResult:
     function_delta: float | None
     seconds: float
     waited: float
+    heads: tuple[Head, ...] | None = None
 
     @property
     def entry(self) -> Entry:
@@ -88,6 +91,7 @@ class OperationResult:
             "options": dict(self.entry.options),
             "errors": {path: float(error) for path, error in self.report.errors.items()},
             "compile_wait_seconds": self.waited,
+            "heads": None if self.heads is None else [list(head) for head in self.heads],
         }
 
 
@@ -98,6 +102,7 @@ def perform(
     reason: Reason,
     probe_tokens: np.ndarray,
     doing: Callable[[str], AbstractContextManager[None]] = nullcontext,
+    measure: Callable[[], Measures] = dict,
 ) -> tuple[TrainState, OperationResult]:
     """Return the state after the next operation of the plan, and what the operation did.
 
@@ -110,6 +115,7 @@ def perform(
       reason: what triggered the operation.
       probe_tokens: [rows, tokens] to compare the function on, at least as many as the probe needs.
       doing: shows what goes on within its context.
+      measure: measures the heads of the state, for an operation that chooses by importance.
 
     Raises:
       Exception: the reason it failed, such as out of memory or a state that would not be finite.
@@ -123,25 +129,37 @@ def perform(
     with doing(f"compiling for {words}"):  # before anything is changed, as it may fail
         compiler.programs(index + 1)
         change = compiler.change(index + 1) if entry.operation.kind == "morph" else None
-    waited = time.monotonic() - start
+    waited, heads = time.monotonic() - start, None
+    if entry.operation.heads:
+        heads = tuple(chosen_heads(entry, state, before.shape.closed.least_open, measure))
+        entry = with_heads(entry, heads)
     with doing(words):
         if change is not None:
-            state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens)
+            state, report, delta = _morphed(change, compiler.mesh, state, probe_tokens, heads)
         else:
             report, delta = Report(()), None
             allow = plan.settings.optimizer.allow_warmup_past_end
             shapes, adjustments = (before.shape, after.shape), compiler.tables.adjustments
             state = adjusted(entry, *shapes, state, adjustments, allow_past_end=allow)
-    seconds = time.monotonic() - start
+    times = time.monotonic() - start, waited
     crash_point("after_operation")
-    return state, OperationResult(before, after, position, reason, report, delta, seconds, waited)
+    return state, OperationResult(before, after, position, reason, report, delta, *times, heads)
 
 
 def _morphed(
-    change: Change, mesh: Mesh, state: TrainState, tokens_BT: np.ndarray
+    change: Change,
+    mesh: Mesh,
+    state: TrainState,
+    tokens_BT: np.ndarray,
+    heads: Sequence[Head] | None,
 ) -> tuple[TrainState, Report, float]:
     """Return the new state, what happened to each leaf, and how much the function changed."""
-    new, report, finite = change.morph(state)
+    acted_on = []
+    if heads is not None:
+        acted_on = [np.zeros(state["head_gate"].shape, bool)]
+        for head in heads:
+            acted_on[0][head] = True
+    new, report, finite = change.morph(state, *acted_on)
     crash_point("during_operation")
     if not bool(finite):
         raise ValueError("the new parameters or optimizer state would not be finite")
@@ -149,6 +167,8 @@ def _morphed(
     probe = place_batch(mesh, np.resize(tokens_BT[:, :tokens], (rows, tokens)))
     delta = change.function_delta(state, new, probe)
     jax.block_until_ready(new)
+    for mask in acted_on:
+        report = report.of_part(int(mask.sum()), mask.size)
     return new, report, float(delta)
 
 

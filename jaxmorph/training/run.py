@@ -293,7 +293,13 @@ class Run:
         setup, before = self.setup, self.active
         probe = setup.tables.step.task.inputs(before.validation[0])
         self.state, result = perform(
-            setup.compiler, self.state, self.position, reason, probe, self.progress.doing
+            setup.compiler,
+            self.state,
+            self.position,
+            reason,
+            probe,
+            self.progress.doing,
+            self.head_measures,
         )
         self._loss = None
         position = self.position.after_operation()

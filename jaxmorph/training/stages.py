@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from jaxmorph.config.run_shape import RunShape
-from jaxmorph.growth.plan import Plan
+from jaxmorph.growth.plan import Plan, Stage
 from jaxmorph.morphs import Report
 from jaxmorph.step.programs import Programs, make_programs
 from jaxmorph.step.sharding import batch_sharding, mesh_shape, place_batch, replicated
@@ -29,6 +29,7 @@ from jaxmorph.system.background import Background
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.system.host_memory import available_memory
 from jaxmorph.training import transitions
+from jaxmorph.training.choice import by_importance
 from jaxmorph.training.head_meter import head_batch_rows
 from jaxmorph.training.tables import Tables
 
@@ -48,12 +49,13 @@ class Change:
     """The compiled morph to a stage.
 
     Args:
-      morph: from the old state to (state, report, whether it is finite).
+      morph: from the old state, and the heads that the operation acts on if it does, as bool
+        [layer, head], to (state, report, whether it is finite).
       function_delta: (old state, new state, probe tokens) -> see `transitions`.
       probe: shape of the probe tokens.
     """
 
-    morph: Callable[[TrainState], tuple[TrainState, Report, jax.Array]]
+    morph: Callable[..., tuple[TrainState, Report, jax.Array]]
     function_delta: Callable[..., jax.Array]
     probe: tuple[int, int]
 
@@ -154,7 +156,9 @@ class StageCompiler:
         compiled = ["programs"] + ["heads"] * self._measures_heads
         kinds = compiled * (self._first_with_programs_of(index) == index)
         kinds += ["change"] * morph + ["rehearsal"] * (morph and self._can_rehearse())
-        return [_Key(kind, index) for kind in kinds]
+        chooses = entry is not None and by_importance(entry)
+        before = [_Key("heads", self._first_with_programs_of(index - 1))] * chooses
+        return [*before, *(_Key(kind, index) for kind in kinds)]
 
     def _first_with_programs_of(self, index: int) -> int:
         """Return the first stage with the same programs as stage `index`."""
@@ -192,11 +196,12 @@ class StageCompiler:
         change = transitions.Morphing(
             new.entry, old.shape, new.shape, self.tables.morphs[new.entry.name], self.tables.step
         )
+        heads = _heads_acted_on(new)
         morph = jax.jit(
-            lambda state: change(state, after.optimizer),
-            in_shardings=(before.state_shardings,),
+            lambda state, *heads: change(state, after.optimizer, *heads),
+            in_shardings=(before.state_shardings, *[everywhere] * len(heads)),
             out_shardings=(after.state_shardings, None, everywhere),
-        ).trace(before.abstract_state)
+        ).trace(before.abstract_state, *heads)
         _check_same(morph.out_info[0], after.abstract_state)
         models = old.shape.model, new.shape.model
         probe = (
@@ -239,7 +244,8 @@ class StageCompiler:
             before.abstract_state,
             before.state_shardings,
         )
-        new, _, _ = change.morph(state)
+        none = [np.zeros(heads.shape, bool) for heads in _heads_acted_on(self.plan.stages[index])]
+        new, _, _ = change.morph(state, *none)
         probe = jax.ShapeDtypeStruct(change.probe, jnp.int32)
         results: list[Any] = [change.function_delta(state, new, self._zeros(probe))]
         if (
@@ -254,6 +260,13 @@ class StageCompiler:
         return place_batch(
             self.mesh, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec)
         )
+
+
+def _heads_acted_on(stage: Stage) -> list[jax.ShapeDtypeStruct]:
+    """Return what the morph to a stage takes besides the state: the heads it acts on, or nothing."""
+    model = stage.shape.model
+    acts = stage.entry is not None and stage.entry.operation.heads
+    return [jax.ShapeDtypeStruct((model.n_layers, model.n_heads), bool)] if acts else []
 
 
 def _size(abstract: Any) -> int:

@@ -42,7 +42,10 @@ class Morphing:
     parts: Parts
 
     def __call__(
-        self, state: TrainState, optimizer: optax.GradientTransformation
+        self,
+        state: TrainState,
+        optimizer: optax.GradientTransformation,
+        heads: jax.Array | None = None,
     ) -> tuple[TrainState, Report, jax.Array]:
         """Return the new state, what happened to each leaf, and whether all of it is finite.
 
@@ -51,6 +54,7 @@ class Morphing:
         Args:
           state: the state before; it is not modified.
           optimizer: for the shape after.
+          heads: bool [layer, head], those that the operation acts on, if it does on some.
         """
         key = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), _MORPH_STREAM)
         entry = self.entry
@@ -64,6 +68,7 @@ class Morphing:
                 parts=self.parts,
                 frozen_layers=(self.before.frozen_layers, self.after.frozen_layers),
                 value=entry.value,
+                heads=heads,
             ),
             **entry.operation.with_defaults(entry.options),
         )

@@ -7,6 +7,7 @@ import sys
 import pytest
 from schedule_entries import make_shape
 
+from jaxmorph.config.closed_heads import NONE_CLOSED, ClosedHeads
 from jaxmorph.config.run_shape import OperationError, RunShape, scaled_count, whole_product
 from jaxmorph.growth.operations import OPERATIONS, describe_operations
 
@@ -24,6 +25,9 @@ DOCUMENTED = [
     "decrease_attn_lora_scaling",
     "decrease_vocab_lora_scaling",
     "merge_lora_weights",
+    "set_gates",
+    "prune_heads",
+    "regrow_heads",
 ]
 SET = [
     "lr",
@@ -59,6 +63,9 @@ def test_the_table_has_every_operation():
     assert set(OPERATIONS) == names | {"widen_heads", "widen_embed", "change_seq_len"}
     assert all(name == operation.name for name, operation in OPERATIONS.items())
 
+
+# 5 to 8 of 16 heads are closed.
+HALF = {"fewest": 5, "most": 8, "controlled": False, "least_open": 1}
 
 # operation, value, options, what changes
 CHANGES = [
@@ -105,12 +112,16 @@ CHANGES = [
     ("decrease_vocab_lora_scaling", 0.5, {}, {"vocab_lora_rank": 4}),
     ("decrease_vocab_lora_scaling", 8, {}, {"vocab_lora_rank": 64}),
     ("merge_lora_weights", None, {}, {}),
+    ("set_gates", 0.0, {"heads": [[0, 1], [3, 3]]}, {"closed": HALF | {"fewest": 5, "most": 10}}),
+    ("prune_heads", 0.3, {}, {"closed": HALF | {"fewest": 8, "most": 10}}),
+    ("regrow_heads", 0.5, {"by": "random"}, {"closed": HALF | {"fewest": 3, "most": 4}}),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "options", "changed"), CHANGES)
 def test_operation_changes_what_its_name_says_and_nothing_else(name, value, options, changed):
-    shape = make_shape()
+    heads = OPERATIONS[name].heads
+    shape = make_shape(closed=ClosedHeads(**HALF) if heads else NONE_CLOSED)
     assert difference(shape, OPERATIONS[name].next_shape(shape, value, options)) == changed
 
 
@@ -277,6 +288,8 @@ def test_layers_can_come_from_none():
         ("decrease_attn_lora_scaling", 2.0, {}, True),
         ("decrease_vocab_lora_scaling", 0.5, {}, False),
         ("merge_lora_weights", None, {}, True),
+        ("set_gates", 1.0, {}, False),
+        ("prune_heads", 0.5, {}, False),
     ],
 )
 def test_operation_says_whether_it_keeps_the_function(name, value, options, exact):
@@ -310,7 +323,7 @@ def test_setting_a_size_does_what_the_factor_that_gives_it_does(
 
 
 def test_only_batch_size_and_changes_of_shape_recompile():
-    before = make_shape()
+    before = make_shape(closed=ClosedHeads(**HALF))
     for name, value, options, _ in CHANGES:
         operation = OPERATIONS[name]
         after = operation.next_shape(before, value, options)
@@ -318,13 +331,16 @@ def test_only_batch_size_and_changes_of_shape_recompile():
         assert operation.recompiles >= needs, name
     quiet = {name for name, operation in OPERATIONS.items() if not operation.recompiles}
     hyper = {name for name, o in OPERATIONS.items() if o.kind == "hyperparameter"}
-    assert quiet == hyper - {"change_batch_size", "set_batch_size"} | {"merge_lora_weights"}
+    morphs = {"merge_lora_weights", "regrow_heads"}
+    assert quiet == hyper - {"change_batch_size", "set_batch_size"} | morphs
 
 
 def test_options_have_defaults_they_would_accept():
     for operation in OPERATIONS.values():
-        value = None if operation.value.kind is None else 2
+        value = None if operation.value.kind is None else 1 if operation.heads else 2
         for name, option in operation.options.items():
+            if option.default is None:
+                continue  # none given
             chosen = {name: option.default}
             operation.check(
                 value, chosen | ({option.only[0]: option.only[1]} if option.only else {})

@@ -23,14 +23,20 @@ import pytest
 from operation_cases import (
     BASES,
     BATCH,
+    CLOSED,
     CONTEXT,
+    HEADS,
+    LAYERS,
     MORPHS,
     STEPS_BEFORE,
     TUNINGS,
     VOCABULARY,
     Morph,
     Tuning,
+    closed_before,
     documented_moments,
+    heads_after,
+    opens_heads,
 )
 from small_models import flat, resolved
 
@@ -51,6 +57,7 @@ from jaxmorph.storage.checkpoints import Checkpoints
 from jaxmorph.storage.manifest import state_sha256
 from jaxmorph.training import transitions
 from jaxmorph.training.adjustments import ADJUSTMENTS, adjusted
+from jaxmorph.training.choice import chosen_heads, with_heads
 from jaxmorph.training.operate import OperationResult, perform
 from jaxmorph.training.position import Position
 from jaxmorph.training.resume import restore_state
@@ -58,14 +65,14 @@ from jaxmorph.training.stages import StageCompiler
 from jaxmorph.training.tables import Tables
 
 CASES: list[Any] = [*TUNINGS, *MORPHS]
-LABELS = [case.label if isinstance(case, Morph) else case.name for case in CASES]
+LABELS = [case.label for case in CASES]
 every_operation = pytest.mark.parametrize("case", CASES, ids=LABELS)
 every_morph = pytest.mark.parametrize("case", MORPHS, ids=LABELS[len(TUNINGS) :])
 TOTAL = 100
 BETA1, BETA2 = 0.9, 0.95  # the defaults
 SETTLED = 3  # batches whose gradients the moments hold
 # The others leave every leaf of the state as it is.
-CHANGING = [case for case in CASES if isinstance(case, Morph) or case.leaves]
+CHANGING = [case for case in CASES if isinstance(case, Morph) or case.leaves or case.gate]
 MESHED = [case for case in CASES if isinstance(case, Tuning) or case.mesh]
 
 
@@ -97,9 +104,8 @@ class Compiler(StageCompiler):
 def _compiler(case: Tuning | Morph, folder: Path, mesh: str = "data=1") -> tuple[Plan, Compiler]:
     """The plan of one operation, read from a schedule file, and the compiler of its stages."""
     row = {"name": case.name, "value": case.value, "trigger_loss": 1.0, "reevaluate": False}
-    options = case.options if isinstance(case, Morph) else {}
     schedule = folder / "schedule.json"
-    schedule.write_text(json.dumps([row | {"options": options}]))
+    schedule.write_text(json.dumps([row | {"options": case.options}]))
     return _compiler_of_base(_base(case), mesh, schedule)
 
 
@@ -110,7 +116,9 @@ def _compiler_of_base(
     settings, devices = resolved(*BASES[base]), make_mesh(parse_mesh(mesh))
     file = None if schedule is None else str(schedule)
     growth = dataclasses.replace(settings.growth, scaling_schedule_file=file)
-    settings = dataclasses.replace(settings, growth=growth)
+    # With a controller any head may be closed by the first operation.
+    heads = dataclasses.replace(settings.heads, enable_controller=True)
+    settings = dataclasses.replace(settings, growth=growth, heads=heads)
     plan = make_plan(settings, MeshShape(**devices.shape))
     plan = plan.completed(vocab_size=VOCABULARY, total=TOTAL)
     return plan, Compiler(plan, devices, _validation_specs, Tables())
@@ -161,7 +169,7 @@ def _trained(base: str) -> TrainState:
     """A state, in NumPy, some steps from the start whose moments are of gradients at that point alone.
 
     Those steps done, the moments are set to zero and some more are done at a learning rate of zero.
-    Gates are neither 0 nor 1.
+    Gates are neither 0 nor 1, but for one closed head; other heads are on their way to be stable.
     """
     (plan, compiler), rng = _compiler_of_base(base), np.random.default_rng(1)
     programs, shape = compiler.programs(0), plan.start
@@ -170,7 +178,13 @@ def _trained(base: str) -> TrainState:
         name: (0.7 + 0.6 * rng.random(state[name].shape)).astype(state[name].dtype)
         for name in ("layer_gate", "head_gate")
     }
-    state = state.with_variables(**gates)
+    gates["head_gate"][CLOSED] = 0
+    per_head = {
+        "head_status": np.asarray([[0, 3], [40, -1]], np.int32),
+        "head_boost": (0.5 + rng.random((LAYERS, HEADS))).astype("float32"),
+        "head_logit": rng.normal(size=(LAYERS, HEADS)).astype("float32"),
+    }
+    state = state.with_variables(**gates, **per_head)
     for seed in range(STEPS_BEFORE - SETTLED):
         state, _ = _update(programs, compiler, shape, _placed(state, programs), seed)
     state = jax.device_get(state).with_variables(lr_multiplier=np.float32(0))
@@ -193,6 +207,7 @@ class Outcome:
       after: the state it led to.
       done: what the orchestrator says of it.
       compiled: what XLA compiled while it was done, all programs having been compiled before.
+      measured: the measures of the heads before, for an operation that chooses by them.
     """
 
     plan: Plan
@@ -202,6 +217,7 @@ class Outcome:
     after: TrainState
     done: OperationResult
     compiled: list[str]
+    measured: dict[str, np.ndarray]
 
     @property
     def shapes(self) -> tuple[RunShape, RunShape]:
@@ -241,11 +257,14 @@ def _performed(case: Tuning | Morph, folder: Path) -> Outcome:
     if isinstance(case, Morph):
         compiler.change(1)
     state, position = _placed(before, programs[0]), Position(step=STEPS_BEFORE, val_loss=0.5)
-    tokens = _tokens(5)[:, :-1]
+    tokens, measured = _tokens(5)[:, :-1], {}
+    if case.options.get("by") == "importance":
+        batch = place_batch(compiler.mesh, _tokens(6))
+        measured = jax.device_get(programs[0].measure_heads(state, batch))
     with _compilations() as compiled:
-        after, done = perform(compiler, state, position, "loss", tokens)
+        after, done = perform(compiler, state, position, "loss", tokens, measure=lambda: measured)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
-    return Outcome(plan, compiler, programs, before, after, done, compiled)
+    return Outcome(plan, compiler, programs, before, after, done, compiled, measured)
 
 
 @every_operation
@@ -286,9 +305,14 @@ def test_new_state_is_shaped_placed_and_typed_as_a_fresh_one(case, outcome):
 @pytest.mark.parametrize("case", TUNINGS, ids=LABELS[: len(TUNINGS)])
 def test_a_hyperparameter_operation_sets_what_it_says_and_nothing_else(case, outcome):
     result = outcome(case)
-    after = leaves_by_path(result.after)
-    for path, old in leaves_by_path(result.before).items():
-        np.testing.assert_array_equal(after[path], case.leaves.get(path, old), path)
+    after, expected = leaves_by_path(result.after), leaves_by_path(result.before)
+    for name, value in zip(("head_gate", "head_logit"), case.gate or (), strict=False):
+        leaf = expected[f"variables/{name}"] = expected[f"variables/{name}"].copy()
+        for head in case.heads or result.done.heads:
+            leaf[head] = value
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(after[path], case.leaves.get(path, leaf), path)
+    assert case.heads is None or sorted(result.done.heads) == case.heads
     before, shape = result.shapes
     assert shape == dataclasses.replace(before, **case.fields)
 
@@ -321,7 +345,7 @@ def test_moments_are_those_of_the_new_net_s_gradients_or_what_is_documented(case
     totals = result.done.report.totals
     state = jax.tree.leaves(result.after.opt_state)
     assert sum(totals.values()) == sum(leaf.size for leaf in state)
-    assert (totals["fresh"] > 0) == (case.policy in ("begun", "silent", "renewed"))
+    assert (totals["fresh"] > 0) == (case.policy in ("begun", "silent", "renewed", "regrown"))
     assert totals["reset"] == 0
 
 
@@ -338,7 +362,56 @@ def test_variables_go_where_the_axes_they_are_declared_over_go(case, outcome):
             if case.policy == "masked":  # layers 1 and 3 are copies of 0 and 1
                 fades = {"layer_gate": 0, "fade_start": STEPS_BEFORE, "fade_steps": 4}
                 old[1::2] = fades.get(name, old[1::2])
+            if case.policy == "regrown" and len(axes) == 2:
+                old[CLOSED] = variable.axes.fresh
+            if case.policy == "silent" and name in ("head_gate", "head_status", "head_logit"):
+                opens = result.before["head_gate"][case.source] > 0.1
+                opens[:LAYERS] = False
+                old[opens] = variable.axes.fresh
         jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+@every_operation
+def test_gates_and_status_are_as_documented_after_it_and_after_an_update(case, outcome):
+    result, cooldown = outcome(case), 1000
+    names = ("head_gate", "head_status")
+    before, after = ([np.asarray(s[n]) for n in names] for s in (result.before, result.after))
+    gates, status = heads_after(case, before[0], before[1], result.done.heads)
+    np.testing.assert_array_equal(after, [gates.astype("float32"), status])
+    later = np.where(status > 0, (status + 1) * (status < cooldown), status)
+    later = np.where(gates >= 0.2, np.where(status < 0, 1, later), later)
+    later = np.where(gates.astype("float32") <= np.float32(0.1), -1, later)
+    state, _ = result.next_update()
+    np.testing.assert_array_equal(state["head_status"], later)
+    np.testing.assert_array_equal(state["head_gate"], gates.astype("float32"))
+
+
+@every_operation
+def test_a_head_closed_before_is_closed_after_and_keeps_every_bit(case, outcome):
+    result, config = outcome(case), outcome(case).shapes[1].model
+    closed = closed_before(case, result.before["head_gate"])
+    assert closed.any() != opens_heads(case)
+    for head in result.done.heads or () if case.name == "prune_heads" else ():
+        closed[head] = True
+    assert (np.asarray(result.after["head_gate"])[closed] <= np.float32(0.1)).all()
+    state, _ = result.next_update()
+    state, _ = _update(result.programs[1], result.compiler, result.shapes[1], state, seed=1)
+    np.testing.assert_array_equal(np.asarray(state["head_status"])[closed], -1)
+    kept, moved = flat(jax.device_get(result.after.params)), flat(jax.device_get(state.params))
+    moments = [_moments(state, name) for name in ("mu", "nu")]
+    checked = 0
+    for path, signature in gpt_signatures(config).items():
+        if {"layer", "head"} <= set(signature.axes):
+            at = signature.axes.index("head")
+            for leaf in (kept[path], moved[path]):
+                assert leaf.shape[at] == config.n_heads
+            old, new = (np.moveaxis(leaf[path], at, 1)[closed] for leaf in (kept, moved))
+            np.testing.assert_array_equal(new, old, path)
+            for moment in moments:
+                if path in moment:
+                    assert not np.moveaxis(moment[path], at, 1)[closed].any(), path
+            checked += 1
+    assert checked >= 4
 
 
 def _moments(state: TrainState, name: str) -> dict[str, np.ndarray]:
@@ -445,12 +518,22 @@ def test_two_devices_do_what_one_does_from_the_same_checkpoint(
     assert compiler.mesh.devices.size == 2
     state = _restored_on(mesh, _base(case), checkpoints)
     if isinstance(case, Morph):
-        new, report, finite = compiler.change(1).morph(state)
+        acted_on = []
+        if (heads := result.done.heads) is not None:
+            acted_on = [np.zeros((LAYERS, HEADS), bool)]
+            acted_on[0][tuple(np.transpose(heads))] = True
+            assert chosen_heads(plan.entries[0], state, 1, dict) == list(heads)
+        new, report, finite = compiler.change(1).morph(state, *acted_on)
         assert bool(finite)
+        report = report.of_part(1, LAYERS * HEADS) if acted_on else report
         assert report.lines == result.done.report.lines
     else:
         before, after = result.shapes
         entry = plan.entries[0]
+        if entry.operation.heads:
+            heads = chosen_heads(entry, state, 1, lambda: result.measured)
+            assert heads == list(result.done.heads)
+            entry = with_heads(entry, heads)
         new = adjusted(entry, before, after, state, ADJUSTMENTS, allow_past_end=False)
     expected = leaves_by_path(result.after)
     shardings = leaves_by_path(compiler.uncompiled(1).state_shardings)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from jaxmorph.morphs.gpt.depth import stack_layers
+from jaxmorph.morphs.gpt.heads import regrow_heads
 from jaxmorph.morphs.gpt.lora import change_ranks, merge_lora_weights
 from jaxmorph.morphs.gpt.sequence import change_context
 from jaxmorph.morphs.gpt.stage import Morph, Transition
@@ -16,6 +17,7 @@ MORPHS: Mapping[str, Morph] = {
     "set_d_ff": widen_mlp,
     "widen_heads": widen_heads,
     "set_n_heads": widen_heads,
+    "regrow_heads": regrow_heads,
     "widen_embed": widen_embed,
     "set_d_model": widen_embed,
     "change_seq_len": change_context,

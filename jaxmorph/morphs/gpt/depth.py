@@ -16,6 +16,7 @@ from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.morphs.axis_map import AxisMap, arranged, repeat
 from jaxmorph.morphs.gpt.stage import Transition, morph_gpt
 from jaxmorph.morphs.report import Report
+from jaxmorph.step.heads import CLOSED_GATE
 from jaxmorph.step.state import TrainState
 
 RECIPES = ("copy", "identity", "masked")
@@ -39,7 +40,8 @@ def stack_layers(
         has the source of each layer.
       order: where the new layers go; see `axis_map.repeat`.
       recipe: `copy`: unchanged copies, which changes the function; `identity`: projections into the
-        residual stream are zero; `masked`: gates start at zero and open during training.
+        residual stream are zero, and open heads count as yet to open; `masked`: gates start at zero
+        and open during training.
       blocks: whether the new layers are copied or fresh.
       anneal_steps: of `masked`: steps until the gates are open; 0: they stay closed.
       moments: see `FreshStart`.
@@ -62,7 +64,26 @@ def stack_layers(
     state, report = morph_gpt(transition, [change], moments=moments, fresh_nu=fresh_nu)
     if recipe == "masked":
         state = _faded_in(state, change, anneal_steps)
+    if recipe == "identity":
+        state = _yet_to_open(transition, state, change)
     return state, report
+
+
+def _yet_to_open(transition: Transition, state: TrainState, change: AxisMap) -> TrainState:
+    """Return the state with the open heads of silent layers as fresh ones: the next update opens them.
+
+    Copies of closed heads stay closed.
+    """
+    variables = transition.parts.variables
+    opens = jnp.asarray(change.silent)[:, None] & (state["head_gate"] > CLOSED_GATE)
+    return state.with_variables(
+        **{
+            name: jnp.where(
+                opens, jnp.asarray(variables[name].axes.fresh, state[name].dtype), state[name]
+            )
+            for name in ("head_gate", "head_status", "head_logit")
+        }
+    )
 
 
 def _faded_in(state: TrainState, change: AxisMap, steps: int) -> TrainState:

@@ -35,6 +35,7 @@ class Transition:
       parts: declares the state's variables, and the optimizer fields that mirror no parameter.
       frozen_layers: layers that are not trained: before, and after.
       value: the operation's own, for what sizes do not say.
+      heads: bool [layer, head], those that the operation acts on; None: on none in particular.
     """
 
     before: ModelConfig
@@ -45,6 +46,7 @@ class Transition:
     parts: Parts = field(default_factory=Parts)
     frozen_layers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     value: Any = None
+    heads: jax.Array | None = None
 
     def sizes(self, axis: str) -> tuple[int, int]:
         """Return the sizes of an axis before and after."""
