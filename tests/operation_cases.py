@@ -80,6 +80,7 @@ class Morph:
       options: of the operation.
       base: of BASES.
       mesh: two devices, where it is done on them too.
+      closing: heads, layer and head, that are closed right before it.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Morph:
     options: dict[str, Any] = field(default_factory=dict)
     base: str = "trained"
     mesh: str = ""
+    closing: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def label(self) -> str:

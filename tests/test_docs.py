@@ -241,7 +241,7 @@ def printed(tmp_path_factory) -> list[str]:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 command(words.split())
             outputs.append(said.getvalue().replace(f"{folder}/", ""))
-    record = CheckpointRecord(Position(), small_config(), {"learning_rate": 0.002}, "", [], {})
+    record = CheckpointRecord(Position(), small_config(), {"learning_rate": 0.002}, "", [], {}, {})
     with pytest.raises(InputError) as changed:
         check_unchanged(record, {"learning_rate": 0.001}, "", "runs/demo")
     with pytest.raises(FormatError) as old:

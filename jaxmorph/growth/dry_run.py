@@ -83,9 +83,21 @@ def walk_report(
         memory_report(stages, optimizer, mesh, room),
         "Training, from the stage named:",
         _table([_TRAINING_COLUMNS, *_where_changed([_training(s.shape) for s in stages])]),
+        *_decided_later(stages),
         *(["Warnings:", "\n".join(warnings)] if warnings else []),
     ]
     return "\n".join(parts)
+
+
+def _decided_later(stages: Sequence[Stage]) -> list[str]:
+    """Return what operations decide only when they fire; nothing if there are none."""
+    lines = [
+        f"  stage {stage.number}: {stage.entry.name}: {stage.bounds}"
+        for stage in stages
+        if stage.bounds and stage.least and stage.entry
+    ]
+    head = "Decided when it fires (sizes from there on are the largest possible):"
+    return [head, *lines] if lines else []
 
 
 def memory_report(
@@ -125,7 +137,8 @@ def _operations(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
             rows.append((str(stage.number), "the start", "at step 0", "yes", "-"))
             continue
         chosen = "".join(f" {name}={shown(given)}" for name, given in entry.options.items())
-        compiles, function = "yes" if stage.recompiles else "no", "yes" if stage.exact else "no"
+        compiles = "maybe" if stage.bounds and stage.least else "yes" if stage.recompiles else "no"
+        function = "yes" if stage.exact else "no"
         again = ", re-evaluates" if entry.reevaluate else ""
         rows.append(
             (
@@ -158,9 +171,13 @@ def _models(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
     """Return the model's columns at every stage; counted only where a stage has another model."""
     rows: list[tuple[str, ...]] = []
     for before, stage in zip([None, *stages], stages, strict=False):
-        same = before is not None and before.shape.program_key == stage.shape.program_key
-        rows.append(rows[-1] if same else _model(stage.shape))
+        same = before is not None and _keys(before) == _keys(stage)
+        rows.append(rows[-1] if same else _model(stage))
     return rows
+
+
+def _keys(stage: Stage) -> tuple:
+    return stage.shape.program_key, stage.smallest.program_key
 
 
 def _memory_rows(memory: Sequence[Forecast]) -> list[tuple[str, ...]]:
@@ -196,18 +213,19 @@ def _limits(memory: Sequence[Forecast], room: Room) -> list[str]:
     return lines
 
 
-def _model(shape: RunShape) -> tuple[str, ...]:
-    model = shape.model
+def _model(stage: Stage) -> tuple[str, ...]:
+    shape, model = stage.shape, stage.shape.model
+    most = "≤ " if stage.least else ""
     ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
     return (
         str(model.n_layers),
         str(model.d_model),
-        f"{model.n_heads} × {model.head_dim}",
+        f"{most}{model.n_heads} × {model.head_dim}",
         str(model.d_ff),
         ranks if model.attn_lora_rank or model.vocab_lora_rank else "-",
         str(model.seq_len),
-        f"{parameter_count(model):,}",
-        short_flops(flops_per_token(model, shape.frozen_layers)),
+        f"{most}{parameter_count(model):,}",
+        most + short_flops(flops_per_token(model, shape.frozen_layers)),
     )
 
 

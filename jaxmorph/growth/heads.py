@@ -86,6 +86,11 @@ def regrow_heads(shape: RunShape, value: float, options: Options) -> RunShape:
     return dataclasses.replace(shape, closed=closed.bounded(fewest, most))
 
 
+def remove_heads(shape: RunShape, value: None, options: Options) -> RunShape:
+    """Return the run where closed heads may have left: with as many as before, the largest case."""
+    return dataclasses.replace(shape, closed=shape.closed.bounded(0, shape.closed.most))
+
+
 def _listed(shape: RunShape, options: Options) -> Sequence[Sequence[int]] | None:
     """Return the heads that the options list, which the model must have; None: none are listed."""
     listed, model = options["heads"], shape.model

@@ -17,6 +17,14 @@ from jaxmorph.config.run_shape import OperationError, RunShape
 from jaxmorph.config.settings import LARGEST_COUNT, Within
 from jaxmorph.growth import changes, heads
 from jaxmorph.growth.changes import Change, MultipliedCount, Options
+from jaxmorph.growth.decisions import (
+    Decided,
+    Decision,
+    bounds_of_heads,
+    fewest_heads,
+    kept_heads,
+    with_kept_heads,
+)
 from jaxmorph.growth.values import Option, Value
 
 _MOST = 1e6  # the largest factor allowed
@@ -51,6 +59,7 @@ class Operation:
       options: by name.
       ranks: names of adapter ranks in ModelConfig; at least one of them must not be 0.
       heads: which attention heads it acts on, chosen when it fires; "": on none in particular.
+      decision: what it decides when it fires; before that, `change` is the largest case.
     """
 
     name: str
@@ -65,6 +74,7 @@ class Operation:
     options: Mapping[str, Option] = field(default_factory=dict)
     ranks: tuple[str, ...] = ()
     heads: Literal["", "any", "open", "closed"] = ""
+    decision: Decision | None = None
 
     @property
     def count(self) -> str:
@@ -91,8 +101,16 @@ class Operation:
         """Return the value of every option."""
         return {name: options.get(name, known.default) for name, known in self.options.items()}
 
-    def next_shape(self, shape: RunShape, value: Any, options: Options) -> RunShape:
+    def next_shape(
+        self, shape: RunShape, value: Any, options: Options, decided: Decided | None = None
+    ) -> RunShape:
         """Return the shape of the run after the operation.
+
+        Args:
+          shape: the run's before it.
+          value: the operation's.
+          options: as given.
+          decided: what it has decided; None: nothing yet, or it decides nothing.
 
         Raises:
           OperationError: the operation cannot be applied to this shape with this value.
@@ -101,6 +119,8 @@ class Operation:
         if self.ranks and not any(getattr(shape.model, rank) for rank in self.ranks):
             flags = " or ".join(f"{rank}_divisor" for rank in self.ranks)
             raise OperationError(self.name, f"a model with LoRA adapters ({flags} > 0)", "name")
+        if self.decision is not None and decided is not None:
+            return self.decision.after(shape, decided)
         return self.change(shape, value, self.with_defaults(options))
 
 
@@ -310,6 +330,14 @@ _MORPHS = [
         exact=lambda before, after, options: options["weights"] == "fresh",
         loss="heads add at once what they added when they closed (options: {weights: fresh} is exact)",
         options=heads.REGROW_OPTIONS, heads="closed",
+    ),
+    Operation(
+        "remove_heads", "morph", _NULL,
+        "Drop closed heads; each layer keeps the largest number still open in any.",
+        heads.remove_heads, recompiles=True,
+        decision=Decision(
+            ("head_gate",), kept_heads, with_kept_heads, fewest_heads, bounds_of_heads
+        ),
     ),
     Operation(
         "widen_embed", "morph", Value("whole factor", float, Within(low=2, high=_MOST)),

@@ -1,13 +1,14 @@
 """A run's plan: the schedule's entries and all its stages, known in advance.
 
-A *stage* is the run between two operations; stage k is the run after k operations.
+A *stage* is the run between two operations; stage k is the run after k operations. What an operation
+decides only when it fires (`decisions`) is known in advance as the largest and the smallest case.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxmorph.cli.errors import InputError
@@ -17,6 +18,7 @@ from jaxmorph.config.model_config import ModelConfig
 from jaxmorph.config.run_shape import OperationError, RunShape, overflow, whole_product
 from jaxmorph.config.settings import Settings
 from jaxmorph.config.start import known_vocab_size, start_shape, start_warnings, total_steps
+from jaxmorph.growth.decisions import Decided, decided
 from jaxmorph.growth.operations import OPERATIONS, Operation
 from jaxmorph.growth.schedule import Entry, load_schedule, refusal
 from jaxmorph.growth.values import Given, written
@@ -31,10 +33,12 @@ class Stage:
     Args:
       number: the number of operations before it.
       entry: the last of them; None at the start.
-      shape: sizes and numbers of the run.
-      recompiles: whether it needs other programs than the previous stage.
+      shape: sizes and numbers of the run; while an operation before it is undecided, the largest.
+      recompiles: whether it needs other programs than the previous stage, or may.
       exact: whether the operation preserves the function.
       warnings: oddities of the operation that were accepted.
+      least: the smallest shape it can have; None: there is only one.
+      bounds: what its operation can still lead to, in words; "" if nothing is open.
     """
 
     number: int
@@ -43,6 +47,13 @@ class Stage:
     recompiles: bool = False
     exact: bool = True
     warnings: tuple[str, ...] = ()
+    least: RunShape | None = None
+    bounds: str = ""
+
+    @property
+    def smallest(self) -> RunShape:
+        """Return the smallest shape it can have."""
+        return self.shape if self.least is None else self.least
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,29 @@ class Plan:
             wanted = f"a multiple of {mesh.batch_parts_in_words}"
             raise InputError("--batch_size", "", size, wanted)
         return _planned(self.settings, self.entries, mesh, vocab_size, total)
+
+    @property
+    def decisions(self) -> dict[str, Decided]:
+        """Return what operations have decided when they fired, by the number of their entry."""
+        return {str(e.number): e.decided for e in self.entries if e.decided is not None}
+
+    def with_decisions(self, decisions: Mapping[str, Sequence[Sequence[int]]]) -> Plan:
+        """Return a completed plan made again with what operations have decided.
+
+        Args:
+          decisions: by the number of the entry; those before stay.
+
+        Raises:
+          InputError: an operation that cannot be applied after that.
+        """
+        entries = tuple(
+            replace(e, decided=decided(decisions[str(e.number)]))
+            if str(e.number) in decisions
+            else e
+            for e in self.entries
+        )
+        vocab_size = self.start.model.vocab_size
+        return _planned(self.settings, entries, self.mesh, vocab_size, self.total_steps)
 
 
 def make_plan(
@@ -155,31 +189,54 @@ def walk(
     stages = [Stage(0, None, start)]
     for entry in entries:
         try:
-            stage = _next_stage(stages[-1], entry)
+            stage = _next_stage(stages[-1], entry, mesh)
             _check_batch(stages[-1].shape, stage.shape, entry, mesh)
             _check_warmup(stages[-1].shape, stage.shape, entry, total)
+            if not any(each.decided for each in entries):  # what is left may be nothing by then
+                _check_decides(stage, mesh)
         except OperationError as error:
             raise refusal(where, entry.number, entry.name, error) from None
         stages.append(stage)
     return stages
 
 
-def _next_stage(before: Stage, entry: Entry) -> Stage:
+def _next_stage(before: Stage, entry: Entry, mesh: MeshShape) -> Stage:
     operation, shape = entry.operation, before.shape
-    after = operation.next_shape(shape, entry.value, entry.options)
+    after = operation.next_shape(shape, entry.value, entry.options, entry.decided)
     if problem := overflow(after):
         name, size, wanted = problem
         raise OperationError(entry.value, f"a value after which {name} ({size}) has {wanted}")
     options = operation.with_defaults(entry.options)
     exact = operation.exact(shape, after, options)
+    least, problem = _smallest(before, entry, after, mesh)
+    warnings = entry.warnings + _warnings(entry, shape, after, exact)
+    open_ = operation.decision if entry.is_undecided else None
     return Stage(
         before.number + 1,
         entry,
         after,
-        recompiles=after.program_key != shape.program_key,
+        recompiles=open_ is not None or after.program_key != shape.program_key,
         exact=exact,
-        warnings=entry.warnings + _warnings(entry, shape, after, exact),
+        warnings=(*warnings, problem) if problem else warnings,
+        least=None if least == after else least,
+        bounds="" if open_ is None else open_.bounds(least, after, mesh),
     )
+
+
+def _smallest(
+    before: Stage, entry: Entry, after: RunShape, mesh: MeshShape
+) -> tuple[RunShape, str]:
+    """Return the smallest shape that an entry can lead to, and why that may not be possible."""
+    open_ = entry.operation.decision if entry.is_undecided else None
+    if before.least is None:
+        return after if open_ is None else open_.least(after, mesh), ""
+    try:
+        least = entry.operation.next_shape(before.least, entry.value, entry.options, entry.decided)
+        return least if open_ is None else open_.least(least, mesh), ""
+    except OperationError as error:
+        heads = before.least.model.n_heads
+        problem = f"{entry.title} may fail: with n_heads {heads} it takes {error.expected}"
+        return after.with_model(n_heads=min(heads, after.model.n_heads)), problem
 
 
 def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
@@ -204,6 +261,12 @@ def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
 def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> tuple[str, ...]:
     operation, value = entry.operation, entry.value
     said = f"{operation.name} {written(value)}"
+    if operation.decision is not None and before.model == after.model:
+        if entry.decided is not None:
+            return (f"{operation.name} changes nothing: in some layer no head can leave",)
+        if not (before.closed.most or before.closed.controlled):
+            fix = "set_gates or prune_heads before it, or --enable_controller"
+            return (f"{operation.name} changes nothing: no head is closed by then ({fix})",)
     if value is not None and before == after and not operation.heads:
         return (f"{said} changes nothing",)
     if not exact and operation.loss:
@@ -216,6 +279,13 @@ def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> t
     hint = meant_as_size(before.model, after.model, value)
     large = isinstance(value, float | int) and value >= _LARGE_FACTOR
     return (f"{operation.name}: {hint}",) if hint and large else ()
+
+
+def _check_decides(stage: Stage, mesh: MeshShape) -> None:
+    """Check that the mesh lets an operation which decides later change anything, in the best case."""
+    if stage.bounds and 1 < stage.shape.model.n_heads <= mesh.tensor:
+        wanted = f"an operation that can change something; here {stage.bounds}"
+        raise OperationError(stage.entry.name if stage.entry else "", wanted, "name")
 
 
 def _check_batch(before: RunShape, after: RunShape, entry: Entry, mesh: MeshShape) -> None:

@@ -19,6 +19,7 @@ from jaxmorph.cli.json_file import read_json
 from jaxmorph.cli.yaml_file import read_yaml
 from jaxmorph.config.run_shape import OperationError, check_number
 from jaxmorph.config.settings import LARGEST_COUNT, Within
+from jaxmorph.growth.decisions import Decided
 from jaxmorph.growth.foreign import FOREIGN_FIELDS, FOREIGN_OPERATIONS
 from jaxmorph.growth.operations import OPERATIONS, Operation
 from jaxmorph.growth.values import Given, written
@@ -47,6 +48,7 @@ class Entry:
       options: as given in the file; `Operation.with_defaults` adds the others.
       number: its position in the file, from 1.
       warnings: oddities of the entry that were accepted.
+      decided: what its operation has decided when it fired, see `decisions`; no part of the file.
     """
 
     operation: Operation
@@ -59,6 +61,12 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
     warnings: tuple[str, ...] = ()
+    decided: Decided | None = None
+
+    @property
+    def is_undecided(self) -> bool:
+        """Return whether its operation still has something to decide."""
+        return self.operation.decision is not None and self.decided is None
 
     @property
     def name(self) -> str:

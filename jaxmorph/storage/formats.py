@@ -23,7 +23,7 @@ Migrations = Mapping[int, Callable[[Meta], Meta] | str]
 MIGRATIONS: Migrations = {
     1: "the arrays of the state had other names",
     2: lambda meta: meta | {"logs": {}},  # it did not know the run's logs
-    3: lambda meta: meta,  # its heads had no status; see `Variable.since`
+    3: lambda meta: meta | {"decisions": {}},  # nor, see `Variable.since`, a status of heads
 }
 
 

@@ -19,8 +19,9 @@ from jaxmorph.growth.schedule import Entry
 from jaxmorph.growth.triggers import Reason
 from jaxmorph.model.architecture import parameter_count
 from jaxmorph.morphs import Report
-from jaxmorph.step.sharding import place_batch
+from jaxmorph.step.sharding import mesh_shape, place_batch
 from jaxmorph.step.state import TrainState
+from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.training.adjustments import adjusted
 from jaxmorph.training.choice import Head, Measures, chosen_heads, with_heads
@@ -92,6 +93,7 @@ class OperationResult:
             "errors": {path: float(error) for path, error in self.report.errors.items()},
             "compile_wait_seconds": self.waited,
             "heads": None if self.heads is None else [list(head) for head in self.heads],
+            **({} if self.entry.decided is None else {"decided": self.entry.decided}),
         }
 
 
@@ -109,7 +111,7 @@ def perform(
     The old state is neither modified nor donated before the new one has been checked.
 
     Args:
-      compiler: has the plan, and the stages' programs.
+      compiler: has the plan, which gets what the operation decides, and the stages' programs.
       state: the run's state.
       position: its position; its `next_operation` is performed.
       reason: what triggered the operation.
@@ -121,7 +123,9 @@ def perform(
       Exception: the reason it failed, such as out of memory or a state that would not be finite.
     """
     crash_point("before_operation")
-    index, start, plan = position.next_operation, time.monotonic(), compiler.plan
+    index, start = position.next_operation, time.monotonic()
+    decide(compiler, state, index)
+    plan = compiler.plan
     before, after = plan.stages[index : index + 2]
     entry = after.entry
     assert entry is not None
@@ -144,6 +148,22 @@ def perform(
     times = time.monotonic() - start, waited
     crash_point("after_operation")
     return state, OperationResult(before, after, position, reason, report, delta, *times, heads)
+
+
+def decide(compiler: StageCompiler, state: TrainState, index: int) -> None:
+    """Decide what the entry after stage `index` has left open, if anything, and plan with that.
+
+    Raises:
+      InputError: a later entry cannot be applied after that; the plan stays as it was.
+    """
+    plan, entry = compiler.plan, compiler.plan.entries[index]
+    if entry.operation.decision is None or entry.decided is not None:
+        return
+    reads = entry.operation.decision.reads
+    values = {name: np.asarray(processes.whole(state[name])).tolist() for name in reads}
+    shape, mesh = plan.stages[index].shape, mesh_shape(compiler.mesh)
+    decided = entry.operation.decision.decide(values, shape, mesh)
+    compiler.replan(plan.with_decisions({str(entry.number): decided}))
 
 
 def _morphed(

@@ -40,9 +40,8 @@ from jaxmorph.training.tables import Tables
 
 @dataclass(frozen=True)
 class Setup:
-    """What is constant during a run."""
+    """What is constant during a run, but for the plan, which becomes more definite."""
 
-    plan: Plan
     corpus: TokenizedCorpus
     streams: Mapping[int, Stream]  # by context length
     total_steps: int
@@ -53,6 +52,11 @@ class Setup:
     lock: RunLock
     tables: Tables
     command: str  # goes on with the run, typed in the same folder
+
+    @property
+    def plan(self) -> Plan:
+        """Return the plan, with all that has been decided."""
+        return self.compiler.plan
 
     @property
     def settings(self) -> Settings:
@@ -126,7 +130,6 @@ def prepare(
         return distinct_specs(_validation(task, corpus, plan, shape))
 
     return Setup(
-        plan=plan,
         corpus=corpus,
         streams=streams,
         total_steps=total,
@@ -202,7 +205,8 @@ def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) 
             say(f"warning: {place}{warning}")
     if plan.entries:
         start, end = (parameter_count(plan.stages[k].shape.model) for k in (0, -1))
-        grows = f", from {start:,} to {end:,} parameters" if start != end else ""
+        most = "at most " if plan.stages[-1].least else ""
+        grows = f", from {start:,} to {most}{end:,} parameters" if start != end else ""
         count = f"{len(plan.entries)} operation{'s' * (len(plan.entries) > 1)}"
         say(f"Schedule: {count}{grows} (--dry_run shows each)")
 

@@ -38,6 +38,7 @@ class CheckpointRecord:
     corpus_sha256: str
     schedule: list[dict[str, str]]  # name and sha256 of every entry, see `schedule_record`
     logs: dict[str, LogMark]  # see `RunLogs.sync`; without those of an older format
+    decisions: dict[str, list[list[int]]]  # see `Plan.decisions`
 
     @staticmethod
     def of(setup: Setup, position: Position) -> CheckpointRecord:
@@ -49,6 +50,7 @@ class CheckpointRecord:
             setup.corpus.sha256,
             schedule_record(setup.plan.entries),
             setup.logs.sync(),
+            same_json(setup.plan.decisions),
         )
 
     def to_meta(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class CheckpointRecord:
             meta["corpus_sha256"],
             list(meta["schedule"]),
             {name: LogMark(**mark) for name, mark in meta["logs"].items()},
+            dict(meta["decisions"]),
         )
 
     @staticmethod
@@ -192,6 +195,7 @@ def resume(setup: Setup, step: int) -> tuple[TrainState, Position]:
     )
     accept = settings.run.accept_damaged_log
     damaged = setup.logs.check(record.position, record.logs, accept=accept)
+    setup.compiler.replan(setup.plan.with_decisions(record.decisions))
     programs = setup.compiler.uncompiled(record.position.next_operation)
     shape = setup.plan.stages[record.position.next_operation].shape
     state = restore_state(

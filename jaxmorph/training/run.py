@@ -252,13 +252,14 @@ class Run:
         entry = self.setup.plan.entries[self.position.next_operation]
         if entry.operation.kind == "morph":
             self._prepare_for(entry, reason)
-        before = self.state, self.position, self.active, self._loss
+        before, plan = (self.state, self.position, self.active, self._loss), self.setup.plan
         try:
             result = self._perform(reason)
             if entry.reevaluate:
                 self._evaluate_again()
         except Exception as error:  # whatever it is, the run must end in its previous state
             self.state, position, self.active, self._loss = before
+            self.setup.compiler.replan(plan)
             self.position = dataclasses.replace(position, pending=reason)
             self.save(provisional=True)
             raise OperationFailedError(failure(entry, error)) from error
@@ -266,7 +267,8 @@ class Run:
             result.record(self.position.val_loss if entry.reevaluate else None)
         )
         crash_point("operation_recorded")
-        self.log.operated(self.step, entry.number, self._announcement(result))
+        words = self._announcement(result)
+        self.log.operated(self.step, entry.number, words, self.setup.plan.stages)
         self.setup.compiler.prefetch_after(self.position.next_operation)
         self.log.restart_clock()
 

@@ -63,11 +63,16 @@ class Change:
 class StageCompiler:
     """Compile the programs of a plan's stages, each once, ahead of time if possible.
 
+    Nothing is compiled ahead for stages after an operation that still has something to decide.
+
     Args:
       plan: the run's completed plan.
       mesh: the device mesh.
       validation: shapes and dtypes of each distinct validation batch of a stage.
       tables: the tables that define the run.
+
+    Attributes:
+      plan: the run's plan, with all that has been decided; `replan` replaces it.
     """
 
     def __init__(
@@ -81,6 +86,17 @@ class StageCompiler:
         self._validation, self.tables = validation, tables
         self._uncompiled: dict[int, Programs] = {}
         self._background = Background(self._compile)
+
+    def replan(self, plan: Plan) -> None:
+        """Go on with a plan in which another entry is decided, or none of those that were.
+
+        The programs of all stages that differ are dropped.
+        """
+        pairs = zip(self.plan.stages, plan.stages, strict=True)
+        first = next((k for k, (old, new) in enumerate(pairs) if old != new), len(plan.stages))
+        self._background.forget(lambda key: key.stage >= first)
+        self._uncompiled = {k: v for k, v in self._uncompiled.items() if k < first}
+        self.plan = plan
 
     def uncompiled(self, index: int) -> Programs:
         """Return the programs of stage `index`, not yet compiled; the same objects each time."""
@@ -129,7 +145,7 @@ class StageCompiler:
         if self.plan.settings.growth.precompile == "off":
             return
         self._background.want([_Key("heads", oldest)] * self._measures_heads)
-        later = [self._work_for(k) for k in range(index + 1, len(self.plan.stages))]
+        later = [self._work_for(k) for k in range(index + 1, self._first_undecided())]
         self._background.want(key for work in [w for w in later if w][:_AHEAD] for key in work)
 
     def wait(self) -> None:
@@ -159,6 +175,11 @@ class StageCompiler:
         chooses = entry is not None and by_importance(entry)
         before = [_Key("heads", self._first_with_programs_of(index - 1))] * chooses
         return [*before, *(_Key(kind, index) for kind in kinds)]
+
+    def _first_undecided(self) -> int:
+        """Return the first stage whose shape is not known yet, or the number of stages."""
+        entries = self.plan.entries
+        return next((e.number for e in entries if e.is_undecided), len(self.plan.stages))
 
     def _first_with_programs_of(self, index: int) -> int:
         """Return the first stage with the same programs as stage `index`."""

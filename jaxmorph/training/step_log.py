@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax
 from jaxmorph.cli.errors import FailedError
 from jaxmorph.cli.progress import Progress
 from jaxmorph.config.settings import RunSettings
+from jaxmorph.growth.plan import Stage
 from jaxmorph.step.metrics import Metric
 from jaxmorph.storage.json_lines import JsonLines
 from jaxmorph.training.time_left import TimeLeft
@@ -92,15 +93,16 @@ class StepLog:
         """Take the time of an evaluation, in stage number `stage`."""
         self._time_left.evaluated(seconds, stage)
 
-    def operated(self, step: int, number: int, text: str) -> None:
+    def operated(self, step: int, number: int, text: str, stages: Sequence[Stage]) -> None:
         """Take an operation that has fired after `step`.
 
         Args:
           step: the step.
           number: the operation's in the schedule.
           text: what it said.
+          stages: of the plan, as it is now.
         """
-        self._time_left.last_operation_step = step
+        self._time_left.operated(step, stages)
         for tracker in self._trackers:
             tracker.operation(step, number, text)
 

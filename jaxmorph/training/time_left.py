@@ -23,16 +23,19 @@ class TimeLeft:
 
     Attributes:
       total: the step the run ends at.
-      last_operation_step: to be kept up to date.
     """
 
     def __init__(self, stages: Sequence[Stage], total: int, last_operation_step: int = 0):
-        self.last_operation_step = last_operation_step
-        self._stages, self.total = stages, total
-        self._costs = functools.cache(self._costs_of)
+        self.total = total
+        self.operated(last_operation_step, stages)
         self._steps_seen = 0
         self._seconds_per_flop: float | None = None  # of training
         self._evaluating: float | None = None  # the same of evaluations; None: none measured yet
+
+    def operated(self, step: int, stages: Sequence[Stage]) -> None:
+        """Take the step of the last operation, and the plan's stages after it."""
+        self._last_operation_step, self._stages = step, stages
+        self._costs = functools.cache(self._costs_of)
 
     def stepped(self, seconds: float, flops: int) -> None:
         """Take the time of a step; the first is ignored, since it may include compiling."""
@@ -60,7 +63,7 @@ class TimeLeft:
             self.total,
             stage=stage,
             step=step,
-            last_operation_step=self.last_operation_step,
+            last_operation_step=self._last_operation_step,
         )
         training, evaluating = 0, 0
         for span in ahead:

@@ -67,7 +67,7 @@ class Morphing:
                 key=jax.random.fold_in(key, entry.number),
                 parts=self.parts,
                 frozen_layers=(self.before.frozen_layers, self.after.frozen_layers),
-                value=entry.value,
+                value=entry.value if entry.decided is None else entry.decided,
                 heads=heads,
             ),
             **entry.operation.with_defaults(entry.options),

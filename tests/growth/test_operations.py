@@ -28,6 +28,7 @@ DOCUMENTED = [
     "set_gates",
     "prune_heads",
     "regrow_heads",
+    "remove_heads",
 ]
 SET = [
     "lr",
@@ -115,6 +116,7 @@ CHANGES = [
     ("set_gates", 0.0, {"heads": [[0, 1], [3, 3]]}, {"closed": HALF | {"fewest": 5, "most": 10}}),
     ("prune_heads", 0.3, {}, {"closed": HALF | {"fewest": 8, "most": 10}}),
     ("regrow_heads", 0.5, {"by": "random"}, {"closed": HALF | {"fewest": 3, "most": 4}}),
+    ("remove_heads", None, {}, {}),  # the largest case
 ]
 
 

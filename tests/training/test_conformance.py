@@ -58,7 +58,7 @@ from jaxmorph.storage.manifest import state_sha256
 from jaxmorph.training import transitions
 from jaxmorph.training.adjustments import ADJUSTMENTS, adjusted
 from jaxmorph.training.choice import chosen_heads, with_heads
-from jaxmorph.training.operate import OperationResult, perform
+from jaxmorph.training.operate import OperationResult, decide, perform
 from jaxmorph.training.position import Position
 from jaxmorph.training.resume import restore_state
 from jaxmorph.training.stages import StageCompiler
@@ -251,9 +251,21 @@ def outcome(tmp_path_factory):
     return get
 
 
+def _closing(case: Tuning | Morph, state: TrainState) -> TrainState:
+    """The state with the heads closed that a case begins with."""
+    gates = np.array(state["head_gate"])
+    for head in case.closing if isinstance(case, Morph) else ():
+        gates[head] = 0
+    gate = state["head_gate"]
+    placed = jax.device_put(gates, gate.sharding) if isinstance(gate, jax.Array) else gates
+    return state.with_variables(head_gate=placed)
+
+
 def _performed(case: Tuning | Morph, folder: Path) -> Outcome:
-    plan, compiler = _compiler(case, folder)
-    before, programs = _trained(_base(case)), (compiler.programs(0), compiler.programs(1))
+    _, compiler = _compiler(case, folder)
+    before = _closing(case, _trained(_base(case)))
+    decide(compiler, before, 0)
+    plan, programs = compiler.plan, (compiler.programs(0), compiler.programs(1))
     if isinstance(case, Morph):
         compiler.change(1)
     state, position = _placed(before, programs[0]), Position(step=STEPS_BEFORE, val_loss=0.5)
@@ -516,7 +528,8 @@ def test_two_devices_do_what_one_does_from_the_same_checkpoint(
     result, mesh = outcome(case), case.mesh if isinstance(case, Morph) else "fsdp=2"
     plan, compiler = _compiler(case, tmp_path, mesh)
     assert compiler.mesh.devices.size == 2
-    state = _restored_on(mesh, _base(case), checkpoints)
+    state = _closing(case, _restored_on(mesh, _base(case), checkpoints))
+    decide(compiler, state, 0)
     if isinstance(case, Morph):
         acted_on = []
         if (heads := result.done.heads) is not None:

@@ -7,7 +7,7 @@ from jaxmorph.morphs.gpt.heads import regrow_heads
 from jaxmorph.morphs.gpt.lora import change_ranks, merge_lora_weights
 from jaxmorph.morphs.gpt.sequence import change_context
 from jaxmorph.morphs.gpt.stage import Morph, Transition
-from jaxmorph.morphs.gpt.width import widen_embed, widen_heads, widen_mlp
+from jaxmorph.morphs.gpt.width import remove_heads, widen_embed, widen_heads, widen_mlp
 
 # By operation name; the plan turns the value into the architecture after it.
 MORPHS: Mapping[str, Morph] = {
@@ -18,6 +18,7 @@ MORPHS: Mapping[str, Morph] = {
     "widen_heads": widen_heads,
     "set_n_heads": widen_heads,
     "regrow_heads": regrow_heads,
+    "remove_heads": remove_heads,
     "widen_embed": widen_embed,
     "set_d_model": widen_embed,
     "change_seq_len": change_context,

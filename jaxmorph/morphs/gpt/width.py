@@ -1,4 +1,4 @@
-"""Wider networks: MLP units, heads and the residual stream.
+"""Wider networks: MLP units, heads and the residual stream; and fewer heads.
 
 A copied unit splits its contribution with the unit it copies (Chen et al. 2015, Net2Net, arXiv
 1511.05641), which preserves the function; so does a fresh unit that contributes nothing yet (Gesmundo
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmorph.cli.errors import InputError
+from jaxmorph.morphs.axis_map import kept
 from jaxmorph.morphs.change import Change
 from jaxmorph.morphs.gpt.stage import Transition, morph_gpt
 from jaxmorph.morphs.report import Report
@@ -76,6 +77,20 @@ def widen_heads(
         "head", to=transition.sizes("head")[1], recipe=recipe, spread=spread, noise=noise
     )
     return _widened(transition, change, moments=moments, fresh_nu=fresh_nu)
+
+
+def remove_heads(transition: Transition) -> tuple[TrainState, Report]:
+    """Return the GPT with only some heads of each layer. Exact if the gates of the others are 0.
+
+    What the kept heads have, moments too, is unchanged.
+
+    Args:
+      transition: its value has the heads that each layer keeps.
+    """
+    if transition.before == transition.after:
+        return morph_gpt(transition, [])
+    old, _ = transition.sizes("head")
+    return morph_gpt(transition, [kept("head", old, transition.value, over="layer")])
 
 
 def widen_embed(
