@@ -1,7 +1,8 @@
-"""Figures: `python -m jaxmorph.plot {schedule,run,report}`.
+"""Figures: `python -m jaxmorph.plot {schedule,run,heads,report}`.
 
 `schedule` draws learning-rate schedules without training and prints their key points; `run` draws
-the losses of several runs in one figure; `report` rewrites a run's report.html.
+the losses of several runs in one figure; `heads` draws the gates and rates of a run's heads over time;
+`report` rewrites a run's report.html.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from jaxmorph.step.schedules import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from jaxmorph.report.head_record import HeadRecord
     from jaxmorph.report.run_record import RunRecord
 
 _KINDS = (".png", ".svg", ".pdf")
@@ -93,6 +95,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Draw the gate, learning rate and status of each attention head over a run's steps."""
+
+    run_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_DIR")]
+    """The run folder."""
+    save: str | None = None
+    """File for the figure (.png, .svg, .pdf). Default: heads.png in the run folder."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Rewrite a run's report.html and its figures."""
 
@@ -100,7 +112,7 @@ class Report:
     """The run folder."""
 
 
-COMMANDS = {"schedule": Schedule, "run": Run, "report": Report}
+COMMANDS = {"schedule": Schedule, "run": Run, "heads": Heads, "report": Report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +124,7 @@ def _plot(argv: Sequence[str]) -> int:
     command = parse_command(
         COMMANDS, argv, program("plot"), "Draw learning-rate schedules and runs."
     )
-    {Schedule: _schedule, Run: _run, Report: _report}[type(command)](command)
+    {Schedule: _schedule, Run: _run, Heads: _heads, Report: _report}[type(command)](command)
     return 0
 
 
@@ -177,6 +189,40 @@ def _run_table(names: Sequence[str], runs: Sequence[RunRecord]) -> str:
             values = run.series[metric.name].values
             rows[-1].append(metric.written(values[-1]) if len(values) else "–")
     return "\n".join(aligned(rows, gap=3))
+
+
+def _heads(command: Heads) -> None:
+    from jaxmorph.report.head_figure import head_figure
+    from jaxmorph.report.head_record import HEADS, read_heads
+    from jaxmorph.report.run_record import read_run
+
+    folder = Path(command.run_dir)
+    run, heads = read_run(folder), read_heads(folder)
+    if heads is None:
+        expected = f"the folder of a run that recorded its heads, with {HEADS} in it"
+        raise InputError(command.run_dir, "", None, expected)
+    path = _figure_path(command.save, str(folder / "heads.png"))
+    say(_head_table(heads), end="\n\n")
+    _save(head_figure(run, heads), path)
+
+
+def _head_table(heads: HeadRecord) -> str:
+    """Return each layer's heads at the end, and the controller's last update."""
+    last = heads.lines[-1]
+    rows = [["layer", "heads", "open", "closed", "with a rate of their own"]]
+    for layer, status in enumerate(last.status):
+        counts = (status.size, (status >= 0).sum(), (status < 0).sum(), (status > 0).sum())
+        rows.append([str(layer), *(f"{count}" for count in counts)])
+    closed, of_all = int((last.status < 0).sum()), last.status.size
+    words = [f"After step {last.step:,} {closed} of {of_all} heads are closed."]
+    if (update := heads.last_update) is not None:
+        words.append(
+            f"Last update of the controller: step {update.step:,}, {update.outcome}, rate "
+            f"{update.rate:.3g}, mean change of the gates {update.mean_change:.3g}, "
+            f"{update.unchanged} in a row that changed little"
+            f"{'; it has stopped' if update.has_stopped else ''}."
+        )
+    return "\n".join([*aligned(rows, gap=3), "", *words])
 
 
 def _report(command: Report) -> None:

@@ -49,17 +49,21 @@ def plain(text: str) -> str:
 
 
 def new_figure(
-    width: float, height: float, panels: int = 1, stacked: bool = False
+    width: float,
+    height: float,
+    panels: int = 1,
+    stacked: bool = False,
+    heights: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure, in inches, with `panels` styled axes.
 
-    They are side by side and share y, or stacked and share x.
+    They are side by side and share y, or stacked and share x, of equal heights or of these.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     if stacked:
-        grid = figure.subplots(panels, 1, squeeze=False, sharex=True)
+        grid = figure.subplots(panels, 1, squeeze=False, sharex=True, height_ratios=heights)
     else:
         grid = figure.subplots(1, panels, squeeze=False, sharey=panels > 1)
     for axes in grid.flat:

@@ -41,13 +41,19 @@ _STYLES: dict[Style, dict[str, Any]] = {  # how each is drawn, from back to fron
 
 
 def run_figures(run: RunRecord) -> dict[str, Figure]:
-    """Return the figures of a run's metrics, by file name."""
+    """Return the figures of a run's metrics, by file name, without those it did not use."""
     return {
         name: _step_figure(run, metrics)
         if objective(metrics) is None
         else _objective_figure([run], [run.name], metrics)
         for name, metrics in by_figure(run.metrics).items()
+        if not all(_is_idle(run, metric) for metric in metrics)
     }
+
+
+def _is_idle(run: RunRecord, metric: Metric) -> bool:
+    """Return whether a metric never had another value than in a run that does not use it."""
+    return metric.idle is not None and bool((run.series[metric.name].values == metric.idle).all())
 
 
 def loss_figure(runs: Sequence[RunRecord], labels: Sequence[str]) -> Figure:

@@ -16,14 +16,16 @@ from jaxmorph.cli.paths import reason
 from jaxmorph.cli.printing import named
 from jaxmorph.report.drawing import rendered
 from jaxmorph.report.figures import figure_title, run_figures
+from jaxmorph.report.head_figure import head_figure
+from jaxmorph.report.head_record import HEADS, read_heads
 from jaxmorph.report.run_record import FiredOperation, RunRecord, read_run, throughput
 from jaxmorph.report.timeline import architecture_figure
 from jaxmorph.report.waiting import read_waiting
 from jaxmorph.step.metrics import Metric, by_figure, objective
 from jaxmorph.system.files import refusing_bad_paths, replace_file
 
-_TIMELINE = "architecture"
-_PAGE, _SOURCES = "report.html", ("metrics.jsonl", "operations.jsonl")
+_TIMELINE, _HEADS = "architecture", "heads"
+_PAGE, _SOURCES = "report.html", ("metrics.jsonl", "operations.jsonl", HEADS)
 _STYLE = """
 :root { color-scheme: light dark; --page: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b;
   --line: #e2e8f0; }
@@ -86,6 +88,8 @@ def write_report(run_dir: Path, metrics: Sequence[Metric] | None = None) -> Path
     figures = run_figures(run)
     if (timeline := architecture_figure(run)) is not None:
         figures[_TIMELINE] = timeline
+    if (heads := read_heads(run.folder)) is not None:
+        figures[_HEADS] = head_figure(run, heads)
     # each figure is released once drawn
     images = {name: rendered(figures.pop(name), "png") for name in list(figures)}
     for name, image in images.items():
@@ -138,7 +142,7 @@ def write_file(path: Path, content: bytes) -> None:
 def _page(run: RunRecord, images: dict[str, bytes], sources: str) -> str:
     name = _text(run.name)
     judged = [figure for figure, drawn in by_figure(run.metrics).items() if objective(drawn)]
-    wide = [figure for figure in (*judged, _TIMELINE) if figure in images]
+    wide = [figure for figure in (*judged, _TIMELINE, _HEADS) if figure in images]
     small = [figure for figure in images if figure not in wide]
     parts = [
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,25 +31,40 @@ def read_lines(path: Path) -> Iterator[Line]:
         yield from _parsed(path, number, text)
 
 
-def read_thinned_lines(path: Path, whole: Iterable[str]) -> Iterator[Line]:
+def number_of_keys(text: bytes) -> int:
+    """Return how many keys a line has, so that full lines and shorter ones are two kinds."""
+    return text.count(b'":')
+
+
+def read_thinned_lines(
+    path: Path,
+    whole: Iterable[str] = (),
+    kind: Callable[[bytes], Hashable] = number_of_keys,
+    fewest: int | None = None,
+) -> Iterator[Line]:
     """Yield the lines, in order; of a long file evenly spaced ones.
 
-    Lines are thinned kind by kind, where a kind is a number of keys: whole lines between shorter ones
-    are thinned by themselves. The first and the last of a kind stay, and every line in which one of
-    the texts `whole` occurs. Lines left out are not parsed, which is what takes the time.
+    Lines are thinned kind by kind. The first and the last of a kind stay, and every line in which one
+    of the texts `whole` occurs. Lines left out are not parsed, which is what takes the time.
+
+    Args:
+      path: the file.
+      whole: texts of lines that all stay.
+      kind: which lines are thinned by themselves.
+      fewest: lines of each kind that a long file keeps at least; at most twice as many. Default: FEWEST.
 
     Raises:
       InputError: see `read_lines`.
     """
     marks = [text.encode() for text in whole]
     kept: list[tuple[int, bytes]] = []
-    kinds: dict[int, _Sample] = {}
+    kinds: dict[Hashable, _Sample] = {}
     for number, text in _texts(path):
         if any(mark in text for mark in marks):
             kept.append((number, text))
         else:
-            kinds.setdefault(text.count(b'":'), _Sample()).add(number, text)
-    for number, text in heapq.merge(kept, *(kind.lines() for kind in kinds.values())):
+            kinds.setdefault(kind(text), _Sample(fewest or FEWEST)).add(number, text)
+    for number, text in heapq.merge(kept, *(sample.lines() for sample in kinds.values())):
         yield from _parsed(path, number, text)
 
 
@@ -57,6 +72,7 @@ def read_thinned_lines(path: Path, whole: Iterable[str]) -> Iterator[Line]:
 class _Sample:
     """Every n-th of a series of lines, n a power of two that grows with their number."""
 
+    fewest: int
     every: int = 1
     seen: int = 0
     last: tuple[int, bytes] = (0, b"")
@@ -66,7 +82,7 @@ class _Sample:
         self.last = number, text
         if self.seen % self.every == 0:
             self.kept.append(self.last)
-            if len(self.kept) == 2 * FEWEST:
+            if len(self.kept) == 2 * self.fewest:
                 self.kept, self.every = self.kept[::2], 2 * self.every
         self.seen += 1
 

@@ -40,6 +40,7 @@ class Metric:
       best: which value is best, if the run is judged by it. Its figure is drawn large, against steps
         and all running totals, and runs are compared by it.
       changed_by: the operations that set it, if it is a setting; the timeline draws it.
+      idle: its value in runs that do not use it; a figure that would show nothing else is left out.
       value: computes it from an update (`loss`, `grad_norm`, `learning_rate`, `skipped`, `state`:
         the state after it), inside the compiled step; None: known on the host.
     """
@@ -55,6 +56,7 @@ class Metric:
     tile: bool = False
     best: Best = ""
     changed_by: tuple[str, ...] = ()
+    idle: float | None = None
     value: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -95,10 +97,10 @@ RUN_METRICS = (
     Metric("cooling_down_heads", "heads with a rate of their own", form=",.0f",
            value=lambda update: (update.state["head_status"] > 0).sum()),
     Metric("max_head_lr_multiplier", "largest multiplier of a head's learning rate",
-           figure="head_learning_rate", brief="largest",
+           figure="head_learning_rate", brief="largest", idle=1,
            value=lambda update: update.head_multipliers.max(initial=0)),
     Metric("avg_head_lr_multiplier", "mean multiplier of the heads' learning rates",
-           figure="head_learning_rate", brief="mean",
+           figure="head_learning_rate", brief="mean", idle=1,
            value=lambda update: update.mean_head_multiplier),
     Metric("stage", "stage", form=",.0f"),
 )  # fmt: skip
@@ -144,7 +146,7 @@ def table_from_json(text: str) -> tuple[Metric, ...]:
     """
     try:
         return tuple(_metric(row) for row in json.loads(text))
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
@@ -153,7 +155,9 @@ def _metric(row: dict[str, Any]) -> Metric:
     for name, pattern in _SAFE.items():
         if not re.fullmatch(pattern, row[name]):
             raise ValueError(f"{name}: {row[name]!r}")
-    named = {"form": _form(row["form"]), "changed_by": tuple(row["changed_by"])}
+    idle = row.get("idle")  # older tables have none
+    named: dict[str, Any] = {"form": _form(row["form"]), "changed_by": tuple(row["changed_by"])}
+    named["idle"] = None if idle is None else float(idle)
     return Metric(**row | named)
 
 

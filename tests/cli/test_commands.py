@@ -35,7 +35,10 @@ def test_every_command_says_its_version(words, capsys):
     [
         ([], "expected one of train, evaluate, plot, completion; jaxmorph --help says what each"),
         (["tran"], "got 'tran', expected one of train, evaluate, plot, completion (did you mean"),
-        (["plot"], "expected one of schedule, run, report; python -m jaxmorph.plot --help says"),
+        (
+            ["plot"],
+            "expected one of schedule, run, heads, report; python -m jaxmorph.plot --help says",
+        ),
         (
             ["train", "--lr", "1e-3"],
             "--lr: expected a known flag (did you mean '--learning_rate'?)",

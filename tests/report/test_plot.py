@@ -692,9 +692,10 @@ def test_report_command_says_where_the_report_is(tmp_path, capsys):
         ("run nowhere", "nowhere: expected a run folder, with metrics.jsonl in it"),
         ("run nowhere --save x", "--save: got 'x', expected a file name ending in .png, .svg"),
         ("report nowhere", "nowhere: expected a run folder"),
+        ("heads nowhere", "nowhere: expected a run folder, with metrics.jsonl in it"),
         ("report", "python -m jaxmorph.plot report: expected RUN_DIR as well"),
-        ("", "python -m jaxmorph.plot: expected one of schedule, run, report"),
-        ("schedul", "python -m jaxmorph.plot: got 'schedul', expected one of schedule, run, rep"),
+        ("", "python -m jaxmorph.plot: expected one of schedule, run, heads, report"),
+        ("schedul", "python -m jaxmorph.plot: got 'schedul', expected one of schedule, run, hea"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(tmp_path, capsys, monkeypatch, argv, message):
