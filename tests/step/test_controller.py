@@ -178,13 +178,17 @@ def test_a_missed_head_opens_again_fully_and_is_then_left_alone_for_a_while():
 
 
 def test_a_closing_head_that_is_missed_turns_round():
-    begun = run(settings(), opened(), measured(), 5)[-1]  # the next one is an audit
+    _, early, *_, begun = run(settings(), opened(), measured(), 5)  # the next one is an audit
     head = tuple(int(k) for k in np.argwhere(np.asarray(begun.course) == -1)[0])
     pull = np.zeros((LAYERS, HEADS))
     pull[head] = -9.0
     path = path_of(run(settings(), begun, measured(gate_gradient=pull), 6), head)
     assert path[0] > float(begun.gates[head])
     assert path[-1] == 1
+    missed = np.where(
+        np.asarray(early.course) == -1, -9.0, 0
+    )  # what the others are worth is not known
+    assert (run(settings(), early, measured(gate_gradient=missed), 1)[0].course != 1).all()
 
 
 def test_heads_that_an_operation_closed_count_and_none_is_closed_beyond_the_limit():
