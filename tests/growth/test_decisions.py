@@ -116,13 +116,15 @@ def test_dry_run_prints_bounds(tmp_path, capsys):
     assert all(row.count("≤") == 3 for row in models)  # heads, parameters and FLOPs
 
 
+CONTROLLED = ["--enable_head_lr", "--enable_controller", "--controller_warmup", "1"]
+
 # Rows, flags, and what is said of it; it is refused if that begins with "entry".
 SAID = {
     "none closed": ([REMOVE], [], "stage 1: remove_heads changes nothing: no head is closed by then"),
     "by the controller": (
-        [REMOVE], ["--enable_controller"], "n_heads 4, or fewer, down to 1, once heads are closed"),
+        [REMOVE], CONTROLLED, "n_heads 4, or fewer, down to 1, once heads are closed"),
     "a mesh that divides some": (
-        [CLOSE, REMOVE], ["--mesh", "tensor=2", "--enable_controller"],
+        [CLOSE, REMOVE], ["--mesh", "tensor=2", *CONTROLLED],
         "n_heads 4, or fewer, down to 2, once heads are closed, so many that the mesh's tensor (2) "
         "divides them"),
     "a mesh that divides none": (

@@ -205,7 +205,8 @@ def test_what_it_makes_impossible_is_one_message_and_changes_nothing(tmp_path, c
 
 def test_on_two_devices_as_many_stay_as_they_divide(tmp_path):
     entries = [("remove_heads", None, 1, {})]
-    argv = _argv(tmp_path, "run", "--enable_head_lr", "--enable_controller", entries=entries)
+    controlled = ("--enable_head_lr", "--enable_controller", "--controller_warmup", "1")
+    argv = _argv(tmp_path, "run", *controlled, entries=entries)
     plan = make_plan(resolve([*argv, "--mesh", "tensor=2"])[0], MeshShape(tensor=2))
     plan = plan.completed(vocab_size=20, total=STEPS)
     compiler = StageCompiler(plan, make_mesh(plan.mesh), lambda shape: [], Tables())
