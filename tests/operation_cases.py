@@ -167,6 +167,7 @@ MORPHS = [
           base="frozen"),
     Morph("regrow_heads", 1, "head", _HERE, "regrown", mesh="fsdp=2",
           options={"by": "listed", "heads": [[0, 0], [1, 1]], "weights": "kept"}),
+    Morph("remove_heads", None, "head", [0], "copied", mesh="fsdp=2", closing=[(0, 1), (1, 0)]),
     Morph("set_n_heads", 3, "head", _SPREAD, "shared", options={"recipe": "even"}, mesh="fsdp=2"),
     Morph("widen_embed", 2, "embed", _again(WIDTH, 16), "mean share", mesh="fsdp=2"),
     Morph("set_d_model", 16, "embed", _again(WIDTH, 16), "shared", options={"recipe": "even"},
@@ -249,8 +250,8 @@ def heads_after(
         gates[tuple(fresh)], status[tuple(fresh)] = 1, -1
     if case.policy == "silent":  # new layers whose output begins at zero: what was open opens anew
         opens = np.zeros(gates.shape, bool)
-        opens[LAYERS:] = gates[LAYERS:] > 0.1
-        gates[opens], status[opens] = 1, -1
+        opens[LAYERS:] = gates[LAYERS:] >= 0.2
+        status[opens] = -1
     if case.policy == "regrown":
         gates[CLOSED], status[CLOSED] = 1, -1
     return gates, status

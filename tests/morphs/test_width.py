@@ -25,6 +25,7 @@ from jaxmorph import morphs
 from jaxmorph.cli.errors import InputError
 from jaxmorph.model.architecture import gpt_signatures
 from jaxmorph.model.signatures import Role
+from jaxmorph.step.state import VARIABLES
 
 pytestmark = pytest.mark.usefixtures("quick_random_bits")
 KEY = jax.random.key(0, impl="rbg")
@@ -212,7 +213,7 @@ def test_split_shares_are_uniform_around_even_ones_and_sum_to_one():
 
 
 @pytest.mark.parametrize("recipe", ["split", "even", "noise", "fresh"])
-def test_gates_follow_their_heads(recipe):
+def test_gates_and_status_follow_their_heads(recipe):
     config = grown_config(dtype="float32")
     optimizer, state = setting_up(config)
     _, grown, _ = _widened("head", config, state, optimizer, recipe=recipe)
@@ -220,8 +221,13 @@ def test_gates_follow_their_heads(recipe):
     np.testing.assert_array_equal(grown["head_gate"][:, :4], old)
     copied = old[:, :3] if recipe != "fresh" else np.ones((2, 3))
     np.testing.assert_array_equal(grown["head_gate"][:, 4:], copied)
+    status = (
+        np.zeros((2, 7)) if recipe != "fresh" else np.r_["1", np.zeros((2, 4)), -np.ones((2, 3))]
+    )
+    np.testing.assert_array_equal(grown["head_status"], status)
+    of_heads = {name for name, each in VARIABLES.items() if "head" in each.axes.names}
     chex.assert_trees_all_equal(
-        *({n: v for n, v in each.variables.items() if n != "head_gate"} for each in (grown, state))
+        *({n: v for n, v in each.variables.items() if n not in of_heads} for each in (grown, state))
     )
 
 

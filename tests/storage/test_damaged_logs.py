@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from other_formats import all_bytes, rewrite
+from make_old_run import LAST, OLD_RUNS, flags
+from other_formats import all_bytes
 from tiny_runs import SMALLEST_GPT, write_text
 
 from jaxmorph.train import main
@@ -150,21 +151,11 @@ def test_what_follows_the_checkpoint_is_cut_whatever_it_is(whole, run_dir):
         assert timeless(run_dir, name) == timeless(whole, name)
 
 
-def test_a_checkpoint_of_format_2_knows_no_digest_and_its_logs_are_cut_by_step(
-    whole, run_dir, capsys
-):
-    for folder in (run_dir / "checkpoints").iterdir():
-        meta = json.loads((folder / "meta.json").read_text())
-        del meta["logs"]
-        rewrite(folder, meta, format=2)
-    odd = run_dir.with_name("odd")
-    shutil.copytree(run_dir, odd)
-    assert goes_on(run_dir) == 0
-    for name in (METRICS, OPERATIONS):
-        assert timeless(run_dir, name) == timeless(whole, name)
-    assert state(run_dir) == state(whole)
-    damage(odd, "step in words")
-    capsys.readouterr()
-    assert goes_on(odd) == 2
-    said = f"error: {odd / METRICS}: step: got 'two', expected a whole number in every line\n"
+def test_a_checkpoint_of_format_2_knows_no_digest_and_its_odd_lines_are_refused(tmp_path, capsys):
+    odd = tmp_path / "odd"
+    shutil.copytree(OLD_RUNS / "format_2", odd)
+    damage(odd / "run", "step in words")
+    assert main(flags(odd, LAST)) == 2
+    path = odd / "run" / METRICS
+    said = f"error: {path}: step: got 'two', expected a whole number in every line\n"
     assert capsys.readouterr().err == said

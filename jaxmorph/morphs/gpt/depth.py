@@ -16,7 +16,7 @@ from jaxmorph.cli.errors import InputError, nearest
 from jaxmorph.morphs.axis_map import AxisMap, arranged, repeat
 from jaxmorph.morphs.gpt.stage import Transition, morph_gpt
 from jaxmorph.morphs.report import Report
-from jaxmorph.step.heads import CLOSED_GATE
+from jaxmorph.step.heads import CLOSED, OPEN_GATE
 from jaxmorph.step.state import TrainState
 
 RECIPES = ("copy", "identity", "masked")
@@ -65,25 +65,18 @@ def stack_layers(
     if recipe == "masked":
         state = _faded_in(state, change, anneal_steps)
     if recipe == "identity":
-        state = _yet_to_open(transition, state, change)
+        state = _yet_to_open(state, change)
     return state, report
 
 
-def _yet_to_open(transition: Transition, state: TrainState, change: AxisMap) -> TrainState:
-    """Return the state with the open heads of silent layers as fresh ones: the next update opens them.
+def _yet_to_open(state: TrainState, change: AxisMap) -> TrainState:
+    """Return the state with the open heads of silent layers yet to open, as the next update has it.
 
-    Copies of closed heads stay closed.
+    Their gates are those of the heads they copy, and copies of closed heads stay closed.
     """
-    variables = transition.parts.variables
-    opens = jnp.asarray(change.silent)[:, None] & (state["head_gate"] > CLOSED_GATE)
-    return state.with_variables(
-        **{
-            name: jnp.where(
-                opens, jnp.asarray(variables[name].axes.fresh, state[name].dtype), state[name]
-            )
-            for name in ("head_gate", "head_status", "head_logit")
-        }
-    )
+    gates, status = state["head_gate"], state["head_status"]
+    opens = jnp.asarray(change.silent)[:, None] & (gates >= jnp.asarray(OPEN_GATE, gates.dtype))
+    return state.with_variables(head_status=jnp.where(opens, CLOSED, status).astype(status.dtype))
 
 
 def _faded_in(state: TrainState, change: AxisMap, steps: int) -> TrainState:
