@@ -179,7 +179,7 @@ def boosts(
 
     By layer it grows from 0.5 in the first to 2 in the last, by the same factor from layer to layer. By
     importance it is the head's over the median of the open heads; by gradient, its norm over the
-    layer's median.
+    layer's median. Of a closed head, which has neither, it is 1, so that it opens with the full boost.
 
     Args:
       settings: with `head_lr_adaptive`.
@@ -190,13 +190,14 @@ def boosts(
         layers = len(gates)
         scale = 4.0 ** (np.arange(layers) / (layers - 1)) / 2 if layers > 1 else np.ones(layers)
         return np.broadcast_to(scale[:, None], gates.shape).astype(gates.dtype)
+    is_open = gates > CLOSED_GATE
     if settings.head_lr_adaptive == "gradient":
         share = measured["grad_norm"]
     else:
-        value, is_open = measured["importance"], gates > CLOSED_GATE
+        value = measured["importance"]
         median = np.median(value[is_open]) if is_open.any() else 0
         share = value / median if median > 0 else np.ones_like(gates)
-    return np.clip(np.where(np.isfinite(share), share, 1), 0.5, 2).astype(gates.dtype)
+    return np.clip(np.where(is_open & np.isfinite(share), share, 1), 0.5, 2).astype(gates.dtype)
 
 
 def _after_operations(control: Control) -> Control:

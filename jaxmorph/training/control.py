@@ -46,10 +46,10 @@ def control(run: Run) -> None:
     changed = {name: getattr(after, field) for field, name in (_VARIABLES | _COUNTS).items()}
     # An operation changes the model: from there the controller begins to count anew.
     changed["controller_stopped"] = (1 + run.position.next_operation) * bool(after.stopped)
-    if settings.head_lr_adaptive in ("importance", "gradient"):
+    status = "skipped" if after.updates == before.updates else "updated"
+    if status == "updated" and settings.head_lr_adaptive in ("importance", "gradient"):
         changed["head_boost"] = boosts(settings, gates, measured)
     run.state = with_values(run.state, changed)
-    status = "skipped" if after.updates == before.updates else "updated"
     run.record_heads(status, measured, gates)
     _announce(run, gates, after)
 

@@ -287,6 +287,12 @@ def test_boosts_lie_between_a_half_and_two():
         scale = boosts(settings(head_lr_adaptive=adaptive), gates, found)
         np.testing.assert_allclose(scale, expected, rtol=1e-6)
         assert scale.dtype == gates.dtype
+    gates[1:, 0] = 0  # closed heads have no importance and no gradient: what they open with is 1
+    for adaptive in ("importance", "gradient"):
+        shut = boosts(
+            settings(head_lr_adaptive=adaptive), gates, {n: v * gates for n, v in found.items()}
+        )
+        assert shut[1:, 0].tolist() == [1, 1]
     nothing = {"importance": 0 * worth, "grad_norm": np.full((3, 2), np.nan)}
     for adaptive in ("importance", "gradient"):
         assert (boosts(settings(head_lr_adaptive=adaptive), gates, nothing) == 1).all()
