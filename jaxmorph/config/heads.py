@@ -16,10 +16,10 @@ _PROFILES = {
     "prune": (3.0, 0.9, 100, 600),
 }
 _RATES = ("head_lr_profile", "head_lr_adaptive", *(f"head_lr_{name}" for name in _PROFILED))
-# The two limits are also those of the operation prune_heads, so they need no controller.
+# Not min_heads_per_layer and controller_batches: prune_heads and regrow_heads read them too.
 _CONTROLLER = (
-    *("controller_interval", "controller_warmup", "controller_batches", "controller_lr"),
-    *("controller_lr_decay", "controller_lr_decay_steps", "min_controller_lr"),
+    *("controller_interval", "controller_warmup", "controller_lr", "controller_lr_decay"),
+    *("controller_lr_decay_steps", "min_controller_lr", "max_pruned_heads"),
     *("controller_patience", "controller_min_change", "controller_audit", "gate_l1"),
 )
 

@@ -335,7 +335,8 @@ class HeadSettings:
     controller_warmup: Count = 500
     """Steps before the first of them; fewer than the run's."""
     controller_batches: Positive = 4
-    """Training batches it measures on, always the same ones, outside the run's stream."""
+    """Training batches on which it, and operations that choose by importance, measure the heads: always
+    the same ones, outside the run's stream."""
     controller_lr: PositiveFloat = 1.0
     """Step of a gate's logit per update; a gate is closed at most 6 steps of 1 after 1."""
     controller_lr_decay: Annotated[float, Within(above=0, high=1)] = 0.95
@@ -347,7 +348,7 @@ class HeadSettings:
     max_pruned_heads: Fraction = 0.3
     """Largest fraction of all heads that the controller closes, and its target."""
     min_heads_per_layer: Positive = 1
-    """Heads that it leaves open in each layer."""
+    """Heads that it and prune_heads leave open in each layer."""
     controller_patience: Positive = 5
     """The controller stops after this many updates in a row that change little ..."""
     controller_min_change: NonNegativeFloat = 0.01

@@ -23,6 +23,10 @@ REFUSED = {
     "profile alone": (["--head_lr_profile", "prune"], ["--head_lr_profile", "--enable_head_lr"]),
     "controller's alone": (["--controller_lr", "2"], ["--controller_lr", "--enable_controller"]),
     "l1 alone": (["--gate_l1", "0.1"], ["--gate_l1: got 0.1", "--enable_controller"]),
+    "its limit alone": (
+        ["--max_pruned_heads", "0.5"],
+        ["--max_pruned_heads: got 0.5", "no effect"],
+    ),
     "its minimum alone": (["--min_controller_lr", "0.2"], ["--enable_controller"]),
     "cooldown before warmup": (
         [*RATES, "--head_lr_cooldown", "100"],
@@ -67,7 +71,7 @@ ACCEPTED = {
     "a warmup below the profile's cooldown": [*RATES, "--head_lr_warmup", "999"],
     "boosts by layer": [*RATES, "--head_lr_adaptive", "layer"],
     "boosts as measured": [*RATES, *CONTROLLER, *LONG, "--head_lr_adaptive", "gradient"],
-    "limits of an operation": ["--max_pruned_heads", "0.5", "--min_heads_per_layer", "2"],
+    "what operations read": ["--controller_batches", "2", "--min_heads_per_layer", "2"],
     "limits that just agree": [
         *(*CONTROLLER, *LONG, "--n_heads", "6", "--min_heads_per_layer", "3"),
         *("--max_pruned_heads", "0.5"),
