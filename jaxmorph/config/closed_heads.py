@@ -19,18 +19,21 @@ class ClosedHeads:
       most: that are closed at most.
       controlled: whether the controller closes and opens heads too, so that any number may be closed.
       least_open: heads of each layer that stay open where heads are pruned.
+      faint: whether the gates of some of them may be above 0, so that they still add a little.
     """
 
     fewest: int = 0
     most: int = 0
     controlled: bool = False
     least_open: int = 1
+    faint: bool = False
 
     def bounded(self, fewest: int, most: int) -> ClosedHeads:
         """Return other bounds; with a controller there are none."""
         if self.controlled:
             return self
-        return dataclasses.replace(self, fewest=max(0, fewest), most=max(0, most))
+        fewest, most = max(0, fewest), max(0, most)
+        return dataclasses.replace(self, fewest=fewest, most=most, faint=self.faint and most > 0)
 
     def resized(self, before: int, after: int) -> ClosedHeads:
         """Return the bounds where the model has another number of heads, some of them copies."""

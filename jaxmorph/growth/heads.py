@@ -44,11 +44,13 @@ def set_gates(shape: RunShape, value: float, options: Options) -> RunShape:
     """Return the run with some gates, or all, at `value`."""
     listed, closed = _listed(shape, options), shape.closed
     count = shape.n_heads if listed is None else len(listed)
+    faint = 0 < value <= CLOSED_GATE or (closed.faint and listed is not None)
     if value <= CLOSED_GATE:
         bounds = max(closed.fewest, count), min(shape.n_heads, closed.most + count)
     else:
         bounds = closed.fewest - count, min(closed.most, shape.n_heads - count)
-    return dataclasses.replace(shape, closed=closed.bounded(*bounds))
+    closed = dataclasses.replace(closed.bounded(*bounds), faint=faint)
+    return dataclasses.replace(shape, closed=closed)
 
 
 def prune_heads(shape: RunShape, value: float, options: Options) -> RunShape:

@@ -326,9 +326,12 @@ _MORPHS = [
     Operation(
         "regrow_heads", "morph", _FRACTION,
         "Open a fraction of the closed attention heads again, at least one.", heads.regrow_heads,
-        keeps="yes, except with weights kept",
-        exact=lambda before, after, options: options["weights"] == "fresh",
-        loss="heads add at once what they added when they closed (options: {weights: fresh} is exact)",
+        keeps="yes, except with weights kept or gates above 0",
+        exact=lambda before, after, options: (
+            options["weights"] == "fresh" and not before.closed.faint
+        ),
+        loss="heads add at once what they added when they closed, or no longer the little that gates "
+        "above 0 let through (exact: options {weights: fresh}, and closed with gate 0)",
         options=heads.REGROW_OPTIONS, heads="closed",
     ),
     Operation(

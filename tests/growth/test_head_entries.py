@@ -117,6 +117,24 @@ def test_the_controller_may_have_closed_any_head(tmp_path, capsys):
     assert "changes nothing" not in told
 
 
+SET, FAINT = _row("set_gates", 0, heads=[[0, 0]]), _row("set_gates", 0.1, heads=[[0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("before", "exact"),
+    [
+        ([SET], True),
+        ([FAINT], False),
+        ([FAINT, _row("set_gates", 0, heads=[[1, 1]])], False),
+        ([FAINT, _row("set_gates", 0)], True),
+        ([FAINT, _row("set_gates", 1), SET], True),
+    ],
+)
+def test_heads_open_exactly_where_their_gates_were_0(before, exact):
+    rows = [*before, _row("regrow_heads", 0.5)]
+    assert walk(entries(*rows), make_shape(), ONE, "")[-1].exact == exact
+
+
 def _closed_after(name, value, options, closed, least, rng):
     """Bool [layer, head], closed after an operation that chooses by `rng`, as it is documented."""
     closed, listed = closed.copy(), options.get("heads")

@@ -66,7 +66,7 @@ def test_the_table_has_every_operation():
 
 
 # 5 to 8 of 16 heads are closed.
-HALF = {"fewest": 5, "most": 8, "controlled": False, "least_open": 1}
+HALF = {"fewest": 5, "most": 8, "controlled": False, "least_open": 1, "faint": False}
 
 # operation, value, options, what changes
 CHANGES = [
