@@ -215,7 +215,7 @@ def _limits(memory: Sequence[Forecast], room: Room) -> list[str]:
 
 def _model(stage: Stage) -> tuple[str, ...]:
     shape, model = stage.shape, stage.shape.model
-    most = "≤ " if stage.least else ""
+    most = "≤ " if stage.may_be_smaller else ""
     ranks = f"{model.attn_lora_rank}, {model.vocab_lora_rank}"
     return (
         str(model.n_layers),

@@ -55,6 +55,11 @@ class Stage:
         """Return the smallest shape it can have."""
         return self.shape if self.least is None else self.least
 
+    @property
+    def may_be_smaller(self) -> bool:
+        """Return whether the model's sizes are not known yet."""
+        return self.smallest.model != self.shape.model
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -209,13 +214,16 @@ def _next_stage(before: Stage, entry: Entry, mesh: MeshShape) -> Stage:
     options = operation.with_defaults(entry.options)
     exact = operation.exact(shape, after, options)
     least, problem = _smallest(before, entry, after, mesh)
-    warnings = entry.warnings + _warnings(entry, shape, after, exact)
+    same = shape == after and before.smallest == least
+    warnings = entry.warnings + _warnings(entry, shape, after, exact=exact, same=same)
     open_ = operation.decision if entry.is_undecided else None
     return Stage(
         before.number + 1,
         entry,
         after,
-        recompiles=open_ is not None or after.program_key != shape.program_key,
+        recompiles=open_ is not None
+        or after.program_key != shape.program_key
+        or least.program_key != before.smallest.program_key,
         exact=exact,
         warnings=(*warnings, problem) if problem else warnings,
         least=None if least == after else least,
@@ -258,7 +266,9 @@ def meant_as_size(before: ModelConfig, after: ModelConfig, value: Given) -> str:
     return ""
 
 
-def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> tuple[str, ...]:
+def _warnings(
+    entry: Entry, before: RunShape, after: RunShape, *, exact: bool, same: bool
+) -> tuple[str, ...]:
     operation, value = entry.operation, entry.value
     said = f"{operation.name} {written(value)}"
     if operation.decision is not None and before.model == after.model:
@@ -267,7 +277,7 @@ def _warnings(entry: Entry, before: RunShape, after: RunShape, exact: bool) -> t
         if not (before.closed.most or before.closed.controlled):
             fix = "set_gates or prune_heads before it, or --enable_controller"
             return (f"{operation.name} changes nothing: no head is closed by then ({fix})",)
-    if value is not None and before == after and not operation.heads:
+    if value is not None and same and not operation.heads:
         return (f"{said} changes nothing",)
     if not exact and operation.loss:
         return (f"{said} changes the function: {operation.loss}",)

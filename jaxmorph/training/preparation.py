@@ -205,7 +205,7 @@ def _print_summary(plan: Plan, corpus: TokenizedCorpus, mesh: Mesh, total: int) 
             say(f"warning: {place}{warning}")
     if plan.entries:
         start, end = (parameter_count(plan.stages[k].shape.model) for k in (0, -1))
-        most = "at most " if plan.stages[-1].least else ""
+        most = "at most " if plan.stages[-1].may_be_smaller else ""
         grows = f", from {start:,} to {most}{end:,} parameters" if start != end else ""
         count = f"{len(plan.entries)} operation{'s' * (len(plan.entries) > 1)}"
         say(f"Schedule: {count}{grows} (--dry_run shows each)")

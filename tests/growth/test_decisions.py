@@ -116,6 +116,12 @@ def test_dry_run_prints_bounds(tmp_path, capsys):
     assert all(row.count("≤") == 3 for row in models)  # heads, parameters and FLOPs
 
 
+def test_a_size_set_after_it_is_known_and_may_change_something(tmp_path):
+    """If n_heads is 3 by then, this is growth; if it is 4, nothing."""
+    last = _plan(tmp_path, [CLOSE, REMOVE, _row("set_n_heads", 4)]).stages[-1]
+    assert (last.may_be_smaller, last.recompiles, last.warnings) == (False, True, ())
+
+
 CONTROLLED = ["--enable_head_lr", "--enable_controller", "--controller_warmup", "1"]
 
 # Rows, flags, and what is said of it; it is refused if that begins with "entry".
