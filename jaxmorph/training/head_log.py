@@ -37,7 +37,7 @@ def head_line(
     position: Position,
     status: Status,
     measured: Measured,
-    gates_before: np.ndarray,
+    gates_before: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return a line of heads.jsonl for the state as it is.
 
@@ -48,11 +48,12 @@ def head_line(
       status: "updated" by the controller, "skipped" by it as measurements were not finite, or
         "evaluated".
       measured: by name, [layer, head]; NaN, written as null, where a head was not measured.
-      gates_before: [layer, head], before the update; the present ones after an evaluation.
+      gates_before: [layer, head], before an update; None: they have not changed.
     """
     gates, heads = np.asarray(state["head_gate"]), np.asarray(state["head_status"])
     profile = head_profile(settings)
     multipliers = np.asarray(profile.multipliers(state["head_status"], state["head_boost"]))
+    moved = np.zeros(gates.shape) if gates_before is None else np.abs(gates - gates_before)
     closed, unmeasured = gates <= CLOSED_GATE, np.full(gates.shape, np.nan)
     return {
         "status": status,
@@ -62,7 +63,7 @@ def head_line(
         "controller_lr": float(step_size(rules_of(settings, gates.size), position.step)),
         "early_stopping_triggered": has_stopped(state, position),
         "plateau_counter": int(state["controller_plateau"]),
-        "gate_changes": float(np.abs(gates - gates_before).sum() / max(1, gates.size)),
+        "gate_changes": float(moved.sum() / max(1, gates.size)),
         "head_lr_info": {
             "head_status": {
                 "newly_activated": int(((heads == CLOSED) & (gates >= OPEN_GATE)).sum()),

@@ -169,11 +169,13 @@ class Run:
         min_change = self.setup.settings.growth.plateau_min_change
         self.position = self.position.evaluated(loss, min_change)
         self.new_loss = self._loss = loss
-        gates = np.asarray(self.state["head_gate"])
-        self.record_heads("evaluated", {}, gates)
+        self.record_heads("evaluated", {})
 
     def record_heads(
-        self, status: Status, measured: Mapping[str, np.ndarray], gates_before: np.ndarray
+        self,
+        status: Status,
+        measured: Mapping[str, np.ndarray],
+        gates_before: np.ndarray | None = None,
     ) -> None:
         """Write a line of heads.jsonl, in a run that has it; see `head_log.head_line`."""
         if (log := self.setup.logs.heads) is not None:
