@@ -160,8 +160,21 @@ def controller(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def recovery(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Regrow a quarter of the heads in the middle of a run, with and without rates of their own."""
     entries = [
-        {"name": "prune_heads", "value": 0.25, "max_wait_iters": 150, "options": {"by": "random"}},
-        {"name": "regrow_heads", "value": 1.0, "max_wait_iters": 100, "reevaluate": True},
+        {
+            "name": "prune_heads",
+            "value": 0.25,
+            "trigger_loss": None,
+            "max_wait_iters": 150,
+            "reevaluate": False,
+            "options": {"by": "random"},
+        },
+        {
+            "name": "regrow_heads",
+            "value": 1.0,
+            "trigger_loss": None,
+            "max_wait_iters": 100,
+            "reevaluate": True,
+        },
     ]
     schedule = folder / "recovery.json"
     schedule.write_text(json.dumps(entries))
@@ -184,7 +197,7 @@ def recovery(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def removal(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure the time of a step before and after half of the heads leave the arrays."""
     heads = [[layer, head] for layer in range(4) for head in range(3)]
-    wait = {"max_wait_iters": 30}
+    wait = {"trigger_loss": None, "max_wait_iters": 30, "reevaluate": False}
     entries = [
         {"name": "set_gates", "value": 0.0, "options": {"heads": heads}, **wait},
         {"name": "remove_heads", "value": None, **wait},
