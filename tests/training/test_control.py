@@ -1,17 +1,13 @@
 """Runs with the controller: what it closes, what it records, and through what it goes on the same."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import TINY_GPT, write_text
+from tiny_runs import TINY_GPT, train_until_killed, write_text
 
 from jaxmorph.train import main
 from jaxmorph.training.turns import TURNS, Turn
@@ -145,12 +141,7 @@ def test_lines_hold_what_the_controller_knew_and_did(whole):
 def test_killed_as_it_decides_and_resumed_it_is_the_same_run(text, whole, tmp_path):
     killed = argv(text, tmp_path / "run", *CONTROLLED, "--checkpoint_interval", "3")
     for point in ("controller_update:6", "controller_update:1"):
-        process = subprocess.run(
-            [sys.executable, "-m", "jaxmorph.train", *killed],
-            env=os.environ | {"JAXMORPH_CRASH_AT": point},
-            capture_output=True,
-        )
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        train_until_killed(killed, point)
     assert main(killed) == 0
     assert sha256(tmp_path / "run") == sha256(whole)
     assert (tmp_path / "run/heads.jsonl").read_bytes() == (whole / "heads.jsonl").read_bytes()

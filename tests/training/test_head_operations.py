@@ -1,17 +1,13 @@
 """Operations on heads: which heads they choose, in a run, and what its records say of them."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from schedule_entries import entries, entry
-from tiny_runs import TINY_GPT, write_text
+from tiny_runs import TINY_GPT, train_until_killed, write_text
 
 from jaxmorph.train import main
 from jaxmorph.training.choice import chosen_heads
@@ -130,12 +126,7 @@ def test_killed_around_operations_on_heads_and_resumed_is_the_same_run(tmp_path,
     assert main(whole) == 0
     printed = capsys.readouterr().out
     for point in POINTS:
-        process = subprocess.run(
-            [sys.executable, "-m", "jaxmorph.train", *killed],
-            env=os.environ | {"JAXMORPH_CRASH_AT": point},
-            capture_output=True,
-        )
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        train_until_killed(killed, point)
     assert main(killed) == 0
     for step in ("4", "6"):
         manifests = [tmp_path / run / "checkpoints" / step for run in ("whole", "killed")]

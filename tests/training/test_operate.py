@@ -5,15 +5,13 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import TINY_GPT, write_text
+from tiny_runs import TINY_GPT, train_until_killed, write_text
 
 from jaxmorph.config.mesh import MeshShape, parse_mesh
 from jaxmorph.config.resolve import resolve
@@ -267,12 +265,7 @@ def test_a_failed_operation_leaves_the_run_as_it_was_and_is_tried_first_on_resum
     for name in ("killed", "removed"):
         shutil.copytree(tmp_path / "failed", tmp_path / name)
 
-    process = subprocess.run(
-        [sys.executable, "-m", "jaxmorph.train", *argv("killed")],
-        env=os.environ | {"JAXMORPH_CRASH_AT": "operation_recorded:1"},
-        capture_output=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    train_until_killed(argv("killed"), "operation_recorded:1")
     for name in ("failed", "killed"):
         assert main(argv(name)) == 0
         assert _sha256(tmp_path / name, 3) == _sha256(tmp_path / "whole", 3)
@@ -377,12 +370,7 @@ def test_killed_around_operations_and_resumed_is_the_same_run(text, tmp_path):
     )
     assert main(whole) == 0
     for point in POINTS:
-        process = subprocess.run(
-            [sys.executable, "-m", "jaxmorph.train", *killed],
-            env=os.environ | {"JAXMORPH_CRASH_AT": point},
-            capture_output=True,
-        )
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        train_until_killed(killed, point)
     assert main(killed) == 0
     assert _sha256(tmp_path / "killed", 12) == _sha256(tmp_path / "whole", 12)
     for name in ("metrics.jsonl", "operations.jsonl"):

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 from growing import function_delta, grown_config, logits_of, setting_up
 from small_models import VARIANTS, reference_logits, shape_of, small_config, small_tokens
-from tiny_runs import write_text
+from tiny_runs import train_until_killed, write_text
 
 from jaxmorph.config.mesh import MeshShape
 from jaxmorph.config.model_config import ModelConfig
@@ -177,12 +173,7 @@ def test_killed_around_it_and_resumed_is_the_same_run(removed):
     """Resumed from before the decision, which is made again, and after it, where it is read."""
     name = "killed"
     for point in ("during_operation:1", "after_save:1"):
-        done = subprocess.run(
-            [sys.executable, "-m", "jaxmorph.train", *_argv(removed, name)],
-            env=os.environ | {"JAXMORPH_CRASH_AT": point},
-            capture_output=True,
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        train_until_killed(_argv(removed, name), point)
     assert _meta(removed / name, 5)["decisions"] == {"2": KEPT}
     assert main(_argv(removed, name)) == 0
     both = [removed / "whole", removed / name]

@@ -1,17 +1,13 @@
 """TensorBoard and W&B through a kill and a resume: one run, every step once, operations as events."""
 
 import json
-import os
-import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import TINY_GPT, write_text
+from tiny_runs import TINY_GPT, train_until_killed, write_text
 
 from jaxmorph.train import main
 
@@ -32,11 +28,7 @@ def tracked(tmp_path_factory) -> Path:
         *("--data", str(text), "--run_dir", str(run_dir), "--scaling_schedule_file", str(schedule)),
         *("--tensorboard", "--wandb", "offline"),
     ]
-    process = subprocess.run(
-        [sys.executable, "-m", "jaxmorph.train", *argv],
-        env=os.environ | {"JAXMORPH_CRASH_AT": "before_save:3"},
-    )
-    assert process.returncode == -signal.SIGKILL
+    train_until_killed(argv, "before_save:3")
     assert main(argv) == 0
     starts = (run_dir / "runs.jsonl").read_text().splitlines()
     assert [json.loads(start)["step"] for start in starts] == [0, WENT_ON]
