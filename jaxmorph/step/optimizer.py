@@ -81,8 +81,16 @@ def of_trained_part(
 
 def group_labels(signatures: Mapping[str, Signature]) -> dict[str, Any]:
     """Return the optimizer group of each parameter, as nested dicts like the parameters."""
-    labels = {tuple(path.split("/")): _group(s) for path, s in signatures.items()}
-    return traverse_util.unflatten_dict(labels)
+    return _labels(signatures, _group)
+
+
+def _labels(
+    signatures: Mapping[str, Signature], label: Callable[[Signature], str]
+) -> dict[str, Any]:
+    """Return a label of each parameter's signature, as nested dicts like the parameters."""
+    return traverse_util.unflatten_dict(
+        {tuple(path.split("/")): label(signature) for path, signature in signatures.items()}
+    )
 
 
 def scale_by_multipliers(
@@ -98,28 +106,22 @@ def scale_by_multipliers(
       axes: the axes' names, separated by spaces: "layer head".
     """
 
-    def scaled(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def scaled(updates: optax.Updates, extra: Mapping[str, Any]) -> optax.Updates:
         factors = extra.get("multipliers", {}).get(axes)
         if factors is None:
-            return updates, state
+            return updates
 
         def one(signature: Signature, update: jax.Array) -> jax.Array:
             return update * over_axes(factors, axes, signature).astype(update.dtype)
 
-        return by_signature(signatures, one, updates), state
+        return by_signature(signatures, one, updates)
 
     def label(signature: Signature) -> str:
         return "scaled" if covers(signature, axes) else "unscaled"
 
-    rule = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
-    labels = {tuple(path.split("/")): label(s) for path, s in signatures.items()}
     return optax.multi_transform(
-        {"scaled": rule, "unscaled": optax.identity()}, traverse_util.unflatten_dict(labels)
+        {"scaled": _with_arguments(scaled), "unscaled": optax.identity()},
+        _labels(signatures, label),
     )
 
 
@@ -140,6 +142,18 @@ def by_signature(
 def scale_by_learning_rate_argument() -> optax.GradientTransformationExtraArgs:
     """Return a transform multiplying updates by minus the extra argument `learning_rate`."""
 
+    def scaled(updates: optax.Updates, extra: Mapping[str, Any]) -> optax.Updates:
+        rate = extra["learning_rate"]
+        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+
+    return _with_arguments(scaled)
+
+
+def _with_arguments(
+    rule: Callable[[optax.Updates, Mapping[str, Any]], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+    """Return a transform without state from a function of updates and `update`'s extra arguments."""
+
     def init(params: optax.Params) -> optax.OptState:
         return optax.EmptyState()
 
@@ -149,8 +163,7 @@ def scale_by_learning_rate_argument() -> optax.GradientTransformationExtraArgs:
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        rate = extra["learning_rate"]
-        return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state
+        return rule(updates, extra), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,19 +209,14 @@ def _muon(
         consumed, produced = signature.matrix_dimensions
         return MuonDimensionNumbers(consumed, produced)
 
-    def scaled(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def scaled(updates: optax.Updates, extra: Mapping[str, Any]) -> optax.Updates:
         heads = extra.get("multipliers", {}).get(HEAD_AXES)
         n_open = None if heads is None else (heads > 0).sum(axis=-1)
 
         def one(signature: Signature, update: jax.Array) -> jax.Array:
             return update * _muon_scale(signature, update, n_open)
 
-        return by_signature(signatures, one, updates), state
+        return by_signature(signatures, one, updates)
 
     return optax.chain(
         scale_by_muon(
@@ -217,7 +225,7 @@ def _muon(
                 signatures, dimension_numbers, updates
             ),
         ),
-        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled),
+        _with_arguments(scaled),
     )
 
 

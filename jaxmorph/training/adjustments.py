@@ -14,6 +14,7 @@ from jaxmorph.growth.schedule import Entry
 from jaxmorph.step.schedules import restarted_warmup
 from jaxmorph.step.state import OPEN_LOGIT, TrainState
 from jaxmorph.system import processes
+from jaxmorph.training.choice import mask_of
 
 Adjustment = Callable[[Entry, TrainState], Mapping[str, Any]]
 
@@ -36,10 +37,8 @@ def _set_gates(entry: Entry, state: TrainState, gate: float | None = None) -> di
     """Set the gates of the heads listed, or of all, and the logits from which the controller goes on."""
     assert isinstance(entry.value, float)
     gate = entry.value if gate is None else gate
-    listed = entry.options.get("heads")
-    heads = np.full(state["head_gate"].shape, listed is None)
-    for layer, head in listed or ():
-        heads[layer, head] = True
+    listed, shape = entry.options.get("heads"), state["head_gate"].shape
+    heads = np.ones(shape, bool) if listed is None else mask_of(listed, shape)
     with np.errstate(divide="ignore"):
         logit = np.clip(np.log(gate) - np.log1p(-gate), -OPEN_LOGIT, OPEN_LOGIT)
     values = {"head_gate": gate, "head_logit": logit}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -12,14 +12,22 @@ from jaxmorph.growth.schedule import Entry
 from jaxmorph.step.heads import CLOSED_GATE
 from jaxmorph.step.state import TrainState
 from jaxmorph.system import processes
+from jaxmorph.training.head_meter import Head
 
-Head = tuple[int, int]  # layer, head
 Measures = Mapping[str, np.ndarray]  # [layer, head] by name; see `head_measures.measure_heads`
 
 
 def by_importance(entry: Entry) -> bool:
     """Return whether an operation measures the heads to choose among them."""
     return entry.operation.with_defaults(entry.options).get("by") == "importance"
+
+
+def mask_of(heads: Iterable[Sequence[int]], shape: tuple[int, ...]) -> np.ndarray:
+    """Return which heads are listed, bool [layer, head]."""
+    mask = np.zeros(shape, bool)
+    for layer, head in heads:
+        mask[layer, head] = True
+    return mask
 
 
 def with_heads(entry: Entry, heads: Sequence[Head]) -> Entry:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmorph.config.settings import HeadSettings
+from jaxmorph.growth.operations import Operation
 from jaxmorph.growth.schedule import Entry
 from jaxmorph.step.controller import rules_of, step_size
 from jaxmorph.step.heads import CLOSED, CLOSED_GATE, OPEN_GATE, STABLE, head_profile
@@ -15,15 +16,19 @@ from jaxmorph.step.state import TrainState
 from jaxmorph.training.position import Position
 
 _MEASURED = ("entropy", "grad_norm", "importance", "ablation")
-_OPERATIONS = ("set_gates", "prune_heads", "regrow_heads", "remove_heads")
 Measured = Mapping[str, np.ndarray]
 Status = Literal["updated", "skipped", "evaluated"]
 
 
 def has_head_log(settings: HeadSettings, entries: Iterable[Entry]) -> bool:
     """Return whether a run records its heads: their rates, gates or number may change."""
-    operated = any(entry.name in _OPERATIONS for entry in entries)
+    operated = any(_is_on_heads(entry.operation) for entry in entries)
     return settings.enable_head_lr or settings.enable_controller or operated
+
+
+def _is_on_heads(operation: Operation) -> bool:
+    decision = operation.decision
+    return bool(operation.heads) or (decision is not None and "head_gate" in decision.reads)
 
 
 def has_stopped(state: TrainState, position: Position) -> bool:

@@ -24,7 +24,8 @@ from jaxmorph.step.state import TrainState
 from jaxmorph.system import processes
 from jaxmorph.system.crash_points import crash_point
 from jaxmorph.training.adjustments import adjusted
-from jaxmorph.training.choice import Head, Measures, chosen_heads, with_heads
+from jaxmorph.training.choice import Measures, chosen_heads, mask_of, with_heads
+from jaxmorph.training.head_meter import Head
 from jaxmorph.training.position import Position
 from jaxmorph.training.stages import Change, StageCompiler
 
@@ -174,11 +175,7 @@ def _morphed(
     heads: Sequence[Head] | None,
 ) -> tuple[TrainState, Report, float]:
     """Return the new state, what happened to each leaf, and how much the function changed."""
-    acted_on = []
-    if heads is not None:
-        acted_on = [np.zeros(state["head_gate"].shape, bool)]
-        for head in heads:
-            acted_on[0][head] = True
+    acted_on = [] if heads is None else [mask_of(heads, state["head_gate"].shape)]
     new, report, finite = change.morph(state, *acted_on)
     crash_point("during_operation")
     if not bool(finite):
